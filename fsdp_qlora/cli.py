@@ -35,27 +35,21 @@ TYPES = {"int": int, "float": float, "path": Path}
 YAML, SWITCH = (".yaml", ".yml"), {"on", "off"}
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 DELAY_S, LINE_S = 2.0, 30.0  # until a bar is seen; between lines where there is no terminal
-RULES: dict[str, Callable[[Any], bool]] = {
+RULES: dict[str, Callable[[Any], Any]] = {
     "": lambda value: True,
-    "> 0": lambda value: value > 0,
-    ">= 0": lambda value: value >= 0,
-    ">= 1": lambda value: value >= 1,
-    ">= 2": lambda value: value >= 2,
     "-1 or >= 1": lambda value: value == -1 or value >= 1,
-    "above 0 to 1": lambda value: 0 < value <= 1,
-    "from 0 to 1": lambda value: 0 <= value <= 1,
-    "from 0 to below 1": lambda value: 0 <= value < 1,
-    "from 0 to below 0.5": lambda value: 0 <= value < 0.5,
-    "from 0 to 65535": lambda value: 0 <= value <= 65535,
-    "from 0 to 2**32 - 1": lambda value: 0 <= value < 2**32,
     "a number of steps, or from 0.0 to 1.0": lambda v: 0 <= v <= (1 if type(v) is float else 10**9),
-    "auto or >= 1": lambda v: bool(re.fullmatch(r"auto|[1-9][0-9]{0,8}", v)),
-    "epoch or >= 1": lambda v: bool(re.fullmatch(r"epoch|[1-9][0-9]{0,8}", v)),
-    "a number of steps, or minutes as in 30m": lambda v: bool(re.fullmatch(r"\d{1,9}m?", v)),
-    "layers as in 0,8-15": lambda v: bool(re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", v)),
     "a JSON object": lambda value: atomic.parse_json(value) is not None,
     "printable text": lambda value: value.strip() != "" and value.isprintable(),
 }
+RULES |= {rule: re.compile(text).fullmatch for rule, text in TABLE["patterns"].items()}
+
+
+def _within(least: float, most: float, value: float) -> bool:
+    return least <= value <= most
+
+
+RULES |= {rule: functools.partial(_within, *ends) for rule, ends in TABLE["bounds"].items()}
 
 
 class _SafeFile(io.FileIO):
@@ -406,15 +400,13 @@ class Reader:
             if field_name is None or field_name == "recipe":
                 self._refuse_name(f"{key} in {path}", key)
             elif isinstance(value, bool | int | float | str | list) or (
-                isinstance(value, dict) and self._rule(field_name) == "a JSON object"
+                isinstance(value, dict)
+                and getattr(options(self.cls).get(field_name), "rule", "") == "a JSON object"
             ):
                 given[field_name] = Given(to_text(value), place)
             elif value is not None:  # as YAML leaves a thing out
                 self._refuse(place, "must be text, number or true/false", "rewrite it")
         return self.rename(given)
-
-    def _rule(self, name: str) -> str:
-        return str(getattr(options(self.cls).get(name), "rule", ""))
 
     def _refuse(self, got: str, rule: str, remedy: str) -> None:
         self.faults.append(UserError(got, rule, remedy))

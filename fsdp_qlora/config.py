@@ -643,14 +643,8 @@ def _due(cfg: TrainConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any
 
 def _written(cfg: TrainConfig, values: Mapping[str, Any]) -> list[UserError]:
     """Faults of what the user wrote: what this run overrides, a home of nobody, a secret."""
-    faults = []
-    if values.get("use_cpu_offload") and not cfg.use_cpu_offload:
-        got, rule = "--use_cpu_offload true with ddp", "ddp keeps the whole base on each GPU"
-        remedy = "use full_shard or --offload_impl stream, or leave offload out"
-        faults.append(UserError(got, rule, remedy))
-    if values.get("double_quant") and cfg.quant_type == "int8":
-        got, rule = "--double_quant true with --quant_type int8", "int8 has no block scales"
-        faults.append(UserError(got, rule, "leave --double_quant out"))
+    rows = [_TABLE["written"][name] for name in _TABLE["written"] if values.get(name)]
+    faults = [UserError(**row) for row in _due(cfg, rows)]
     for name, text in values.items():
         if not isinstance(text, str):
             continue

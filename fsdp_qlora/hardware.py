@@ -88,12 +88,6 @@ ENTRY = re.compile(r"(?:(?P<count>\d{1,2})\s*x\s*)?(?P<name>[\w .-]+)", re.IGNOR
 SIZE = re.compile(r"(?:-(\d{1,3})|\b(\d{1,3}) ?gi?b?)\b")  # in a name: A100-80, 4060 Ti 16 GB
 FIRST_WITH_BF16 = (8, 0)  # Ampere; torch emulates it on older GPUs, slowly and silently
 SPEEDS, DRIVERS = _TABLE["speeds"], _TABLE["drivers"]
-ASK_TORCH = """
-import json, torch
-num = torch.cuda.device_count() if torch.cuda.is_available() else 0
-found = [torch.cuda.get_device_properties(i) for i in range(num)]
-print(json.dumps([(gpu.name, gpu.total_memory / 2**30, gpu.major >= 8) for gpu in found]))
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +306,7 @@ def _torch_gpus(visible: str | None) -> list[Device]:
     if not has_gpu_build() or not any(Path(path).exists() for path in DRIVERS):
         return []
     env = {**os.environ} if visible is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
-    command = [sys.executable, "-c", ASK_TORCH]
+    command = [sys.executable, "-c", _TABLE["ask_torch"]]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
         rows = json.loads(done.stdout)

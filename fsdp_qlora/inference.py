@@ -62,7 +62,7 @@ class Opened:
         world: this process among the ranks.
         model: a QuantizedModel in evaluation mode, its adapter not loaded: it computes the base.
         adapter: what is loaded on top of it, or None.
-        tokenizer: transformers tokenizer of the base.
+        tokenizer: transformers tokenizer of the base, with the adapter's chat template.
     """
 
     cfg: config.TrainConfig
@@ -93,10 +93,21 @@ class Opened:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The transformers tokenizer of the base."""
+        """The transformers tokenizer of the base, with the chat template that the adapter has."""
         from fsdp_qlora.data import tokenizer
 
-        return tokenizer.load(tokenizer.directory(self.info))
+        made = tokenizer.load(tokenizer.directory(self.info))
+        own = self.adapter and self.adapter.path / tokenizer.CHAT_FILE
+        if own and own.is_file() and not isinstance(made.chat_template, dict):
+            made.chat_template = own.read_text(encoding="utf-8")
+        return made
+
+    @functools.cached_property
+    def chat(self) -> Any:
+        """The chat template of the tokenizer, or a plain one."""
+        from fsdp_qlora.data import tokenizer
+
+        return tokenizer.wrap(self.tokenizer, self.cfg.model_name).chat()
 
     def encode(self, question: Asked, is_raw: bool = False, row: dict | None = None) -> list[int]:
         """Make the tokens of a prompt, as the model was trained to see it.
@@ -108,9 +119,9 @@ class Opened:
             row: it stands in; its `tools` and `chat_template_kwargs` reach the template.
 
         Raises:
-            UserError: the chat template cannot render it.
+            UserError: the chat template cannot render it, takes too long or writes too much.
         """
-        from fsdp_qlora.data.row_formats import chat_values
+        from fsdp_qlora.data.row_formats import Refused, chat_values
 
         turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
         turns = turns[:-1] if turns[-1]["role"] == "assistant" and turns[1:] else turns
@@ -121,10 +132,8 @@ class Opened:
                 turns = [{"role": "system", "content": system}, *turns]
             kwargs = json.loads(self.cfg.chat_template_kwargs or "{}")
             try:
-                kwargs |= chat_values(row or {})
-                kwargs |= {"tokenize": False, "add_generation_prompt": True}
-                text = tokenizer.apply_chat_template(turns, **kwargs)
-            except Exception as error:  # code of others: it may raise anything
+                text = self.chat.prompt(turns, **kwargs | chat_values(row or {}))
+            except Refused as error:
                 rule = f"the chat template cannot render the conversation ({brief(error)})"
                 raise UserError("generate", rule, "use --raw") from error
         elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself

@@ -370,6 +370,14 @@ def test_the_template_gets_what_run_and_row_give_it(finished, tmp_path):
         assert opened.encode(ASKED, row=row) == wanted["input_ids"]
     with pytest.raises(UserError, match='field "chat_template_kwargs" is a list'):
         opened.encode(ASKED, row={"chat_template_kwargs": [1]})
+    base, adapter = SimpleNamespace(path=tmp_path / "m"), SimpleNamespace(path=tmp_path / "run")
+    for template, words in [  # of the adapter
+        ("{{ 'a' * 10**9 }}", "writes more than 67,108,864 characters"),
+        ("{{ raise_exception('no') }}", "cannot render .*: no"),
+    ]:
+        (adapter.path / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match=words):
+            inference.Opened(cfg, base, None, None, adapter).encode(ASKED)
 
 
 def test_a_chat_has_commands(opened, tmp_path, capsys, monkeypatch):

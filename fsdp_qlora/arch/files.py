@@ -24,11 +24,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -72,6 +72,8 @@ BUILDER += "json.dump(shapes_of(json.load(sys.stdin)), sys.stdout)"
 # Of every tensor, for a digest: places, bytes at each; and bytes read at once where all count.
 NUM_SAMPLES, SAMPLE_BYTES, WHOLE_BYTES = 16, 4096, 1 << 24
 NUM_READERS = 4  # threads that read what is hashed whole
+NUM_READ_AHEAD = 2  # linears being read while one is at work
+T = TypeVar("T")
 
 
 def known_shapes() -> list[str]:
@@ -382,22 +384,34 @@ def _sampled(ref: TensorRef, num_places: int) -> Iterator[bytes]:
     starts: Sequence[int] = range(0, ref.nbytes, size or 1)
     if num_places and size:
         starts = [(ref.nbytes - size) * i // max(num_places - 1, 1) for i in range(num_places)]
-    ahead: collections.deque[Future[bytes]] = collections.deque()
-    with ref.file.open("rb", buffering=0) as file, ThreadPoolExecutor(NUM_READERS) as pool:
+    with ref.file.open("rb", buffering=0) as file:
         for start in starts if num_places else ():  # a disk over a network reads all places at once
             os.posix_fadvise(file.fileno(), ref.start + start, size, os.POSIX_FADV_WILLNEED)
 
         def read(start: int) -> bytes:
             return os.pread(file.fileno(), min(size, ref.nbytes - start), ref.start + start)
 
-        if num_places:
-            yield from map(read, starts)
-            return
-        for start in starts:  # to hash takes as long as to read
-            ahead.append(pool.submit(read, start))
-            if len(ahead) > NUM_READERS:
-                yield ahead.popleft().result()
-        yield from (part.result() for part in ahead)
+        # To hash all takes as long as to read it.
+        yield from map(read, starts) if num_places else look_ahead(read, starts, NUM_READERS)
+
+
+def look_ahead(
+    read: Callable[[Any], T], items: Sequence[Any], num: int = NUM_READ_AHEAD
+) -> Iterator[T]:
+    """Yield read(item) in order while the next items are being read in threads.
+
+    Args:
+        read: function of one item.
+        items: all of them.
+        num: how many are read meanwhile.
+    """
+    with ThreadPoolExecutor(num) as pool:
+        ahead = collections.deque(pool.submit(read, item) for item in items[:num])
+        for position in range(len(items)):
+            result = ahead.popleft().result()
+            if position + num < len(items):
+                ahead.append(pool.submit(read, items[position + num]))
+            yield result
 
 
 def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> Refs:

@@ -145,13 +145,8 @@ def _check_ids(row: dict) -> None:
 
 def _alpaca(row: dict) -> tuple[str, str]:
     """Source: the prompt format of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca)."""
-    context = row.get("input") or ""
-    paired = ", paired with an input that provides further context" if context else ""
-    task = f"Below is an instruction that describes a task{paired}. "
-    task += "Write a response that appropriately completes the request.\n\n"
-    given = f"### Input:\n{context}\n\n" if context else ""
-    prompt = f"{task}### Instruction:\n{row['instruction']}\n\n{given}### Response:\n"
-    return prompt, row["output"]
+    kind = "with_input" if row.get("input") else "without_input"
+    return sources.WORDS["alpaca"][kind].format_map(row), row["output"]
 
 
 def _question(row: dict) -> tuple[str, str]:

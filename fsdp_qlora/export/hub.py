@@ -108,7 +108,7 @@ def _facts(cfg: TrainConfig, info: arch.ModelInfo, run: record.Run | None) -> di
 
 
 def _results(run: record.Run) -> dict[str, str]:
-    held_out: list[Any] = [loss for _, loss in run.evals if loss is not None]
+    held_out: list[Any] = [e["loss"] for e in run.evals if e["loss"] is not None]
     seconds, num_tokens = sum(run.values("step_s")), sum(run.values("num_tokens"))
     speed = f"{num_tokens / max(seconds, 1e-9):,.0f} tokens/s"
     size = record.highest(run.peaks("device_total_gib")) or 0.0

@@ -36,7 +36,7 @@ from fsdp_qlora.arch.info import inner_name
 from fsdp_qlora.arch.targets import TURNED, expert_matrices
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
+from fsdp_qlora.export.adapter import TABLE, Pair, SavedAdapter, run_config
 from fsdp_qlora.model import experts, quantize
 from fsdp_qlora.model.skeleton import on_meta, stored_names, transformers_config
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
@@ -554,13 +554,8 @@ def lines(facts: dict[str, Any], both: str = "merged against base + adapter") ->
     if "skipped" in facts:
         return f"check     skipped: {facts['skipped']}"
     base = f"; base {facts['base_of_adapter']}" if "base_of_adapter" in facts else ""
-    text = f"check     {facts['num_tokens']} tokens, {facts['rows']}{base}\n          {both}: "
-    text += f"logits differ by at most {facts['max_difference']:.3g}, KL {facts['kl_nats']:.2g} "
-    text += f"nats a token, the same likeliest token in {facts['top1_agreement']:.2%}"
-    if "loss_trained" in facts:
-        both = f"{facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
-        text += f"\n          loss on these rows {both}"
-    return text
+    text = TABLE["check"] + TABLE["check_loss"] * ("loss_trained" in facts)
+    return text.format_map(facts | {"base": base, "both": both})
 
 
 def choose_rows(base: TrainedBase, shape: tuple[int, int], dataset: str | None) -> Rows:

@@ -418,7 +418,7 @@ def main(argv: list[str]) -> int:
     """
     options, cfg, given, machines = parse(argv)
     info = arch.read(cfg.model_name, need_weights=False)
-    cfg = adopt_format(cfg, info.stored_format)
+    cfg = adopt_format(cfg, info.stored_format, given)
     if len(machines) > 1:
         table = {name: survey(info, cfg, given, at) for name, at in machines.items()}
         print(json.dumps(table, indent=1) if options.json else "\n".join(_survey_lines(table)))
@@ -597,10 +597,8 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     elif found.fits:
         lines.append(("best", "nothing faster fits: room for longer rows or a larger batch_size"))
     elif not values["to_fit"]:
-        words = "no two changes are enough: take other GPUs, more memory or a smaller model; "
-        words += f"nearest: {nearest['card_gib']:.1f} GiB a GPU, {nearest['host_gib']:.1f} on the "
-        words += f"host by {_words(nearest['flags']) or 'what was asked for'}"
-        lines.append(("to fit", words))
+        shown = nearest | {"by": _words(nearest["flags"]) or "what was asked for"}
+        lines.append(("to fit", WORDS["nearest"].format_map(shown)))
     notes = []
     for gpu in dict.fromkeys(plan.machine.gpus):
         if plan.cfg.compute_dtype == "bfloat16" and not gpu.has_bf16:

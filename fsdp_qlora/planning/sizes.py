@@ -37,7 +37,6 @@ STREAMED = ("streamed", DISK)  # placements of layers that are copied as they ar
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
 ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once
 ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
-NUM_READ_AHEAD = 2  # linears being read while one is at work
 # Weights of a layer times tokens of a full micro-batch: with more work the GPU is busy as it is,
 # and a graph would only hold memory (measured on an H200 beside a slow host: 7B at 512 tokens is
 # bound by the host, 70B at 1024 is not).
@@ -337,15 +336,13 @@ def _saved(info: ModelInfo, modules: str | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def adopt_format(
-    cfg: TrainConfig, stored: str | None, given: frozenset[str] | None = None
-) -> TrainConfig:
+def adopt_format(cfg: TrainConfig, stored: str | None, given: frozenset[str]) -> TrainConfig:
     """Take the format of the base from its files, where they are in 4 bit.
 
     Args:
         cfg: the run.
         stored: format of the files, or None.
-        given: names of the options that the user wrote; None: those that are not as usual.
+        given: names of the options that the user wrote.
 
     Returns:
         The run with the format of the files.
@@ -362,8 +359,7 @@ def adopt_format(
         own["train_type"] = {"dora": "bnb_dora"}.get(TRAIN_TYPES[cfg.train_type].adapter, "qlora")
     for name, value in own.items():
         got = getattr(cfg, name)
-        is_given = got != getattr(TrainConfig, name) if given is None else name in given
-        if is_given and got != value:
+        if name in given and got != value:
             remedy = "leave it out, or take the 16-bit original"
             raise UserError(f"--{name} {str(got).lower()}", rule, remedy)
     return dataclasses.replace(cfg, **own)

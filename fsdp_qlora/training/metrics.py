@@ -707,11 +707,5 @@ def _arguments(name: str, cfg: TrainConfig) -> dict[str, Any]:
         settings = swanlab.Settings(interactive=False, probe=probe, terminal=terminal)
         place = {"log_dir": str(out_dir / "swanlab"), "settings": settings}
         return {**named, **place, "workspace": entity}
-    simple: dict[str, dict[str, Any]] = {
-        # A resumed run is told again from its first step: what an earlier file says is hidden.
-        "tensorboard": {"logging_dir": str(out_dir), "purge_step": 0},
-        "mlflow": {"run_name": named["name"]},
-        "aim": {"logging_dir": str(out_dir)},
-        "dvclive": {"dir": str(out_dir / "dvclive")},
-    }
-    return simple.get(name, {})
+    shown, own = {"out": out_dir, "name": named["name"]}, TABLE["others"].get(name, {}).items()
+    return {key: v.format_map(shown) if isinstance(v, str) else v for key, v in own}

@@ -108,8 +108,17 @@ def steps(world, num, paths, cases):
         figures = [*evaluate.measure(model, trained.preference, held_out, world).values()]
         before = [flat.clone() for flat in shard.whole_lora(model)]
         for step in range(2):
-            found = loop.train_step(trained, train.step(step))
-            found.pop("expert_load", None)  # of one rank's tokens
+            mine: list[list[float]] = []
+
+            def note(point, own=mine, mixtures=model.mixtures):
+                if point == "post-backward":
+                    own[:] = [mixture.loads.tolist() for mixture in mixtures]
+
+            found = loop.train_step(trained, train.step(step), hook=note)
+            if model.mixtures:  # of all ranks; padding, which differs, counts
+                loads = np.sum(world.gather_objects(mine), 0)
+                ratio = (loads.max(1) / loads.mean(1)).mean()
+                assert found.pop("expert_load").item() == pytest.approx(ratio, 1e-5)
             figures += [value.item() for _, value in sorted(found.items())]
         batches = [batch for step in range(2) for batch in train.step(step)]
         tokens = world.sum(sum(b.num_tokens for b in batches)) * (not cfg.num_answers)
