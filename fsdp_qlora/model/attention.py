@@ -355,19 +355,19 @@ def _flash_backward(
     )
 
 
-def _cudnn(query, key, value, scale) -> tuple[torch.Tensor, ...]:
+def _cudnn(query, key, value, scale, is_causal=True) -> tuple[torch.Tensor, ...]:
     out = aten._scaled_dot_product_cudnn_attention(
-        query, key, value, None, True, 0.0, True, scale=scale
+        query, key, value, None, True, 0.0, is_causal, scale=scale
     )
     return out[0], out[1], out[6], out[7]
 
 
 def _cudnn_backward(
-    grad_out, query, key, value, out, log_sum, *state, scale
+    grad_out, query, key, value, out, log_sum, *state, scale, is_causal=True
 ) -> tuple[torch.Tensor, ...]:
-    lengths = None, None, query.shape[2], key.shape[2]
+    rest = (*state, None, None, None, query.shape[2], key.shape[2], 0.0, is_causal)
     return aten._scaled_dot_product_cudnn_attention_backward(
-        grad_out, query, key, value, out, log_sum, *state, None, *lengths, 0.0, True, scale=scale
+        grad_out, query, key, value, out, log_sum, *rest, scale=scale
     )
 
 
@@ -390,12 +390,19 @@ def _joined(query, key, value, scale, bounds, longest, branches) -> tuple[torch.
     part, cross = slice(to.num_prompt, to.num_prompt + to.num_answer), _cross(to)
     prompts = key[: to.num_prompt], value[: to.num_prompt]
     over, over_sum, *more = _varlen(query[part], *prompts, cross, False, scale)
-    whole = torch.logaddexp(log_sum[:, part], over_sum)
-    shares = ((s - whole).exp().t().unsqueeze(2) for s in (log_sum[:, part], over_sum))
-    mine, theirs = (o.float() * share for o, share in zip((out[part], over), shares, strict=True))
+    joined = _join((out[part], log_sum[:, part]), (over, over_sum))
     out, log_sum = out.clone(), log_sum.clone()
-    out[part], log_sum[:, part] = (mine + theirs).to(out.dtype), whole
+    out[part], log_sum[:, part] = joined
     return out, log_sum, *state, *more
+
+
+def _join(*parts: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one and the same queries over two parts of the keys: out and log sum of all."""
+    outs, sums = zip(*parts, strict=True)
+    whole = torch.logaddexp(*sums)
+    shares = ((log_sum - whole).exp().t().unsqueeze(2) for log_sum in sums)
+    mine, theirs = (out.float() * share for out, share in zip(outs, shares, strict=True))
+    return (mine + theirs).to(outs[0].dtype), whole
 
 
 def _joined_backward(
@@ -424,7 +431,9 @@ def _gathered(query, key, value, scale, cut, window, sinks=None) -> tuple[torch.
     key, value = cut.gather(key), cut.gather(value)
     pairs = zip(query.chunk(len(cut.pieces)), cut.pieces, strict=True)
     made = [
-        _varlen(part, key[to.keys], value[to.keys], to.lengths, True, scale, window)
+        _ends(part, key[to.keys], value[to.keys], scale)
+        if _is_for_cudnn(part, to, window)
+        else _varlen(part, key[to.keys], value[to.keys], to.lengths, True, scale, window)
         for part, to in pairs
     ]
     states = [state for _, _, *own in made for state in own]
@@ -447,12 +456,61 @@ def _gathered_backward(
     columns = [t.chunk(parts) for t in (grad_out, query, out)] + [log_sum.chunk(parts, 1)]
     grads = []
     for i, (grad, q, o, total, to) in enumerate(zip(*columns, cut.pieces, strict=True)):
-        rest = (q, key[to.keys], value[to.keys], o, total.contiguous(), to.lengths, True, scale)
-        grad, *more = _varlen_backward(grad, *rest, states[i * num : (i + 1) * num], window)
+        rest = (q, key[to.keys], value[to.keys], o, total.contiguous())
+        state = states[i * num : (i + 1) * num]
+        if _is_for_cudnn(q, to, window):
+            grad, *more = _ends_backward(grad, *rest, scale, state)
+        else:
+            grad, *more = _varlen_backward(grad, *rest, to.lengths, True, scale, state, window)
         grads.append(grad)
         for whole, part in zip(sums, more, strict=True):
             whole[to.keys] += part
     return torch.cat(grads), *(cut.reduce(whole).to(dtype) for whole in sums)
+
+
+def _is_for_cudnn(query, to: Piece, window) -> bool:
+    """Whether cuDNN serves a chunk of one row without a window, as it would serve the whole row."""
+    if window or len(to.lengths[0]) > 2 or not query.is_cuda:
+        return False
+    (own,) = _heads(query)
+    return _kernel(own, own, own, None) is KERNELS[SDPBackend.CUDNN_ATTENTION]
+
+
+def _heads(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """[1, N, T, D] of [T, N, D], and back."""
+    yield from (t.transpose(0, 1)[None] if t.dim() == 3 else t[0].transpose(0, 1) for t in tensors)
+
+
+def _ends(query, key, value, scale) -> tuple[torch.Tensor, ...]:
+    """Queries at the end of the keys by cuDNN, which lets the beginnings meet: as `_varlen`.
+
+    They look at themselves, and at all that is before them.
+    """
+    num, found = len(query), []
+    for part, is_causal in ((slice(-num, None), True), (slice(len(key) - num), False)):
+        if part.stop != 0:
+            q, k, v = _heads(query, key[part], value[part])
+            made, log_sum, *state = _cudnn(q, k, v, scale, is_causal)
+            (out,) = _heads(made)
+            found.append((out, log_sum.reshape(-1, num)))
+    return *(_join(*found) if len(found) > 1 else found[0]), *state
+
+
+def _ends_backward(grad_out, query, key, value, out, log_sum, scale, state) -> tuple:
+    """Each part's own backward, with the output and the log sum of both."""
+    num, log_sum = len(query), log_sum[None, ..., None]
+    grad_query, *grads = torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)
+    for part, is_causal in ((slice(-num, None), True), (slice(len(key) - num), False)):
+        if part.stop != 0:
+            grad, *tensors = _heads(grad_out, query, key[part], value[part], out)
+            found = _cudnn_backward(
+                grad, *tensors, log_sum, *state, scale=scale, is_causal=is_causal
+            )
+            more, *others = _heads(*found)
+            grad_query += more
+            for whole, other in zip(grads, others, strict=True):
+                whole[part] = other
+    return grad_query, *grads
 
 
 def joins_exactly(device: torch.device, dtype: torch.dtype) -> bool:

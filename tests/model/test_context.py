@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -61,13 +62,35 @@ def masked(query, key, value, lengths, window):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(0, 1)
 
 
+def plain(query, key, value, scale, is_causal=True):
+    return attention.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, is_causal=is_causal, scale=scale
+    )
+
+
+def plain_backward(*tensors, scale, is_causal=True):
+    return attention.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *tensors, dropout_p=0.0, is_causal=is_causal, scale=scale
+    )
+
+
+ENDS = {  # the way of one row on a Hopper, by a kernel that, as cuDNN, knows no rows
+    "_is_for_cudnn": lambda query, to, window: len(to.lengths[0]) == 2,
+    "_cudnn": plain,
+    "_cudnn_backward": plain_backward,
+}
+
+
 def attention_error(ranks):
     """Largest difference of outputs and gradients to `masked`, over ways to lay rows."""
     generator, chunks = torch.Generator().manual_seed(0), (ranks.rank, 2 * ranks.size - 1)
     chunks = chunks[0], chunks[1] - ranks.rank
     at, worst = torch.arange(64).view(2 * ranks.size, -1)[[*chunks]].flatten(), 0.0
     layouts = [64], [1, 2, 3, 50, 8], [9, 7, 16, 32], [40, 24]
-    for lengths, window in itertools.product(layouts, (None, 5, 20)):
+    for lengths, window, by_ends in [
+        *itertools.product(layouts, (None, 5, 20), [False]),
+        *itertools.product(layouts, [None], [True]),
+    ]:
         whole = [torch.randn(64, 4, 16, generator=generator) for _ in range(4)]
         cut = attention.Cut.of(lengths, chunks, torch.device("cpu"))._replace(ranks=ranks)
         both = attention._gathered, attention._gathered_backward
@@ -78,9 +101,10 @@ def attention_error(ranks):
             grad, *inputs = (tensor.clone().requires_grad_() for tensor in parts)
             run = attention.SavedAttention.apply if is_cut else masked
             rest = (None, kernel, None) if is_cut else (lengths, window)
-            out = run(*inputs, *rest)
-            out = out[0] if is_cut else out
-            found.append([out, *torch.autograd.grad(out, inputs, grad.detach())])
+            with patch.dict(vars(attention), ENDS if by_ends else {}):
+                out = run(*inputs, *rest)
+                out = out[0] if is_cut else out
+                found.append([out, *torch.autograd.grad(out, inputs, grad.detach())])
         worst = max(worst, *((a - b[at]).abs().max().item() for a, b in zip(*found, strict=True)))
     return worst
 
