@@ -155,8 +155,8 @@ class Cut(NamedTuple):
         lengths = bounds, bounds, longest, longest
         if bounds is None:
             ends = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
-            longest = query.shape[2], key.shape[2]
-            lengths = ends * longest[0], ends * longest[1], *longest
+            nums = query.shape[2], key.shape[2]
+            lengths = ends * nums[0], ends * nums[1], *nums
         return cls((Piece(slice(len(key) * key.shape[2]), lengths),))
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
@@ -375,9 +375,11 @@ def _rows(query, key, value, scale, bounds, longest) -> tuple[torch.Tensor, ...]
     return _varlen(query, key, value, (bounds, bounds, longest, longest), True, scale)
 
 
-def _rows_backward(grad_out, *tensors, scale, bounds, longest) -> tuple[torch.Tensor, ...]:
-    lengths = bounds, bounds, longest, longest
-    return _varlen_backward(grad_out, *tensors[:5], lengths, True, scale, tensors[5:])
+def _rows_backward(
+    grad_out, query, key, value, out, log_sum, *state, scale, bounds, longest
+) -> tuple[torch.Tensor, ...]:
+    rest = (bounds, bounds, longest, longest), True, scale, state
+    return _varlen_backward(grad_out, query, key, value, out, log_sum, *rest)
 
 
 def _joined(query, key, value, scale, bounds, longest, branches) -> tuple[torch.Tensor, ...]:
