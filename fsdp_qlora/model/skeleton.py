@@ -321,15 +321,8 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         got, rule = f"weights named {info.layers_prefix}.0", f"are no part of {info.model_type}"
         raise UserError(got, rule, "save the model with its head, as AutoModelForCausalLM")
     layers = cast(nn.ModuleList, hf_model.get_submodule(prefix))
-    spares = attention == MASKED and chosen.has_row_kernel and _spare_masks(hf_model, layers)
-    is_cut, got = cfg.context_parallel > 1, f"attention of model type {info.model_type}"
-    if is_cut and attention == MASKED and not spares:
-        raise UserError(got, "is not known for cut rows", "use --context_parallel 1")
-    is_known = hf_model._supports_sdpa or is_cut or spares
-    if chosen.attention == "sdpa" and (info.attention_extra == "indexed" or not is_known):
-        if info.attention_extra == "sinks" and cfg.attn == "auto":
-            return build(info, dataclasses.replace(cfg, attn="eager"), device)
-        raise UserError("--attn sdpa", f"computes otherwise than the {got}", "use --attn eager")
+    if chosen.attention == "sdpa" and not _is_known(hf_model, layers, chosen, info, cfg):
+        return build(info, dataclasses.replace(cfg, attn="eager"), device)
     if chosen.use_liger:
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
@@ -351,6 +344,22 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     model = QuantizedModel(_decoder(hf_model)[1], head, layouts, chosen)
     model.tensors, model.layers_prefix = _places(hf_model, head, names), info.outer_name(prefix)
     return model.train()
+
+
+def _is_known(
+    hf_model: Any, layers: nn.ModuleList, chosen: KernelChoice, info: ModelInfo, cfg: TrainConfig
+) -> bool:
+    """Whether attention can stay as chosen; a refusal where the user has chosen it."""
+    has_masks = hf_model.config._attn_implementation == MASKED
+    spares = has_masks and chosen.has_row_kernel and _spare_masks(hf_model, layers)
+    is_cut, got = cfg.context_parallel > 1, f"attention of model type {info.model_type}"
+    if is_cut and has_masks and not spares:
+        raise UserError(got, "is not known for cut rows", "use --context_parallel 1")
+    if info.attention_extra != "indexed" and (hf_model._supports_sdpa or is_cut or spares):
+        return True
+    if info.attention_extra == "sinks" and cfg.attn == "auto":
+        return False
+    raise UserError("--attn sdpa", f"computes otherwise than the {got}", "use --attn eager")
 
 
 def _spare_masks(hf_model: Any, layers: nn.ModuleList) -> bool:
