@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 from fastcore.basics import str2bool  # it reads the reference's command lines too
 
 from fsdp_qlora import atomic
-from fsdp_qlora.errors import UserError, join
+from fsdp_qlora.errors import UserError, refuse
 
 OptionsT = TypeVar("OptionsT")
 TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
@@ -259,8 +259,7 @@ def parse(argv: list[str], cls: type[OptionsT], usage: str, needed: Sequence[str
     for name in needed:
         if values.get(name) is None and f"--{name}" not in reported:
             faults.append(UserError(f"--{name}", "must be given", "--help tells what it means"))
-    if faults:
-        raise join(faults)
+    refuse(faults)
     return cls(**values)
 
 
@@ -617,19 +616,16 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The usage, what it does, and a line or more for each argument."""
-        words, lines = [self.prog], []
+        lines = []
         for action in (row for row in self._actions if row.dest != "help"):
             name = ", ".join(action.option_strings) or str(action.metavar or action.dest).upper()
-            part = "[--option value ...]" if action.option_strings else name
-            words.append(f"[{part}]" if action.nargs in ("?", "*") and part == name else part)
             choices = f"({' | '.join(map(to_text, action.choices))})" if action.choices else ""
             text = f"{action.help or ''}".replace("%(default)s", to_text(action.default))
             is_told = action.default in (None, False) or "[" in text
             usual = "" if is_told else f"[{to_text(action.default)}]"
             lines.append(_entry(name, " ".join(filter(None, [text, choices, usual]))))
-        usage = self.usage or " ".join(dict.fromkeys(words))
         about = inspect.cleandoc(self.description or "")
-        return "\n\n".join([f"usage: {usage}", about, "\n".join(lines)]) + "\n"
+        return "\n\n".join([f"usage: {self.usage}", about, "\n".join(lines)]) + "\n"
 
     def error(self, message: str) -> typing.NoReturn:
         """Refuse a command line in one line."""
@@ -651,7 +647,8 @@ def arguments(command: str, argv: Sequence[str], about: str | None, **known: dic
     Raises:
         UserError: a wrong argument.
     """
-    parser = Parser(f"python -m fsdp_qlora {command}", description=about)
+    program = f"python -m fsdp_qlora {command}"
+    parser = Parser(program, f"{program} {TABLE['usage'][command]}", about)
     for name, row in TABLE["arguments"][command].items():
         row = {**row, "type": TYPES.get(row.get("type", ""), str), **known.get(name.strip("-"), {})}
         parser.add_argument(name, **row)

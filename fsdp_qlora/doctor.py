@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import atomic, cli, config, hardware
-from fsdp_qlora.cli import flag
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError, brief, printable
 from fsdp_qlora.hardware import FIRST_WITH_BF16, GIB
@@ -63,9 +62,9 @@ class DoctorOptions:
     works here; 3: something keeps it from working; 5: bytes or results are wrong.
     """
 
-    json: bool = flag(False, "doctor", "print one JSON object")
-    quick: bool = flag(False, "doctor", "measure nothing: versions, GPUs, memory")
-    output_dir: str = flag("output", "doctor", "where runs will be written", rule="printable text")
+    json: bool = cli.flag(False, "doctor", "print one JSON object")
+    quick: bool = cli.flag(False, "doctor", "measure nothing: versions, GPUs, memory")
+    output_dir: str = cli.flag("output", "doctor", "where runs will be written", rule=config.TEXT)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from fsdp_qlora.atomic import GIB, cache_dir
-from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line_of
 
 if TYPE_CHECKING:
     import torch
@@ -307,13 +307,11 @@ def _torch_gpus(visible: str | None) -> list[Device]:
         return []
     env = {**os.environ} if visible is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
     command = [sys.executable, "-c", _TABLE["ask_torch"]]
-    try:
+    kinds = (OSError, subprocess.SubprocessError, ValueError)
+    remedy = "see what `python -c 'import torch'` says"
+    with one_line_of("torch", remedy, ENVIRONMENT, "lists no GPUs ({kind})", kinds):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
         rows = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        rule = f"lists no GPUs ({type(error).__name__})"
-        remedy = "see what `python -c 'import torch'` says"
-        raise UserError("torch", rule, remedy, ENVIRONMENT) from error
     found = [(gpu_like(name, gib), round(gib, 1), has_bf16) for name, gib, has_bf16 in rows]
     return [dataclasses.replace(gpu, memory_gib=gib, has_bf16=own) for gpu, gib, own in found]
 
@@ -358,13 +356,11 @@ def measured_speeds() -> dict[str, dict[str, float]]:
     path = machine_file()
     if not path.is_file():
         return {}
-    try:
+    kinds = (OSError, ValueError, KeyError, TypeError, AttributeError)
+    remedy = "delete it, or run python -m fsdp_qlora doctor"
+    with one_line_of(path, remedy, ENVIRONMENT, "is not what doctor writes ({kind}: {})", kinds):
         table = json.loads(path.read_text(encoding="utf-8"))["cards"].items()
         return {name: {key: float(row[key]) for key in SPEEDS if key in row} for name, row in table}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        rule = f"is not what doctor writes ({type(error).__name__}: {error})"
-        remedy = "delete it, or run python -m fsdp_qlora doctor"
-        raise UserError(str(path), rule, remedy, ENVIRONMENT) from error
 
 
 def with_measured(devices: list[Device], link_gbs: float | None = None) -> list[Device]:

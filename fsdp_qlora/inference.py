@@ -20,7 +20,7 @@ from typing import Any
 from fsdp_qlora import arch, atomic, cli, config
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief, join
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line_of, refuse
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import adopt_format
 
@@ -131,11 +131,9 @@ class Opened:
             if (system := self.cfg.system_prompt) and turns[0]["role"] != "system":
                 turns = [{"role": "system", "content": system}, *turns]
             kwargs = json.loads(self.cfg.chat_template_kwargs or "{}")
-            try:
+            rule = "the chat template cannot render the conversation ({})"
+            with one_line_of("generate", "use --raw", rule=rule, kinds=Refused):
                 text = self.chat.prompt(turns, **kwargs | chat_values(row or {}))
-            except Refused as error:
-                rule = f"the chat template cannot render the conversation ({brief(error)})"
-                raise UserError("generate", rule, "use --raw") from error
         elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
             text = text.removeprefix(tokenizer.bos_token)
         return list(tokenizer(text, add_special_tokens=not is_chat).input_ids)
@@ -421,8 +419,7 @@ def _parse(name: str, argv: Sequence[str], cls: Any) -> tuple:
     cli.show_help_if_asked(argv, cls, f"usage: fsdp-qlora {name} [--option value ...]")
     own, rest = cli.split(argv, cli.options(cls))
     values, faults = cli.Reader(cls).read(own)
-    if faults:
-        raise join(faults)
+    refuse(faults)
     given, adapter = config.given(rest), Path(values["adapter"]) if values.get("adapter") else None
     if adapter is None and "model_name" not in given:
         raise UserError(name, "needs --adapter or --model_name", "give one of them")

@@ -24,14 +24,8 @@ def test_the_quickstart_recipe_learns(tmp_path):
     _fetch("smollm2")
     _fetch("docstrings")
     flags = ["--max_steps=6", "--batch_size=2", "--eval_samples=12", "--sample_tokens=8"]
-    command = [
-        sys.executable,
-        "train.py",
-        "--recipe",
-        "quickstart",
-        *flags,
-        f"--output_dir={tmp_path}",
-    ]
+    flags += ["--recipe=quickstart", f"--output_dir={tmp_path}"]
+    command = [sys.executable, "train.py", *flags]
     done = subprocess.run(command, cwd=PROJECT_DIR, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

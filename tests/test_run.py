@@ -11,7 +11,7 @@ import pytest
 
 from fsdp_qlora import config
 from fsdp_qlora import run as train_run
-from fsdp_qlora.__main__ import COMMANDS, console
+from fsdp_qlora.__main__ import COMMANDS
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import BUG, DONE, ENVIRONMENT
 from tests import tiny, warm
@@ -211,10 +211,7 @@ def test_a_bug_of_one_rank_is_one_line_and_a_trace_in_its_log(place: Path):
 def on_no_screen(argv: list[str], start) -> int:
     """As `fsdp-qlora argv` whose stdout is on a full disk, and knows Latin-1 only."""
     sys.stdout.reconfigure(encoding="latin-1", errors="strict")
-    if argv[0] == "train":
-        return train_run.main(argv[1:], start=start)
-    sys.argv = ["fsdp-qlora", *argv]
-    return console()
+    return warm.command(argv, start)
 
 
 def test_no_command_depends_on_its_screen(place: Path):

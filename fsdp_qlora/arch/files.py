@@ -33,7 +33,7 @@ from typing import Any, NamedTuple, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from fsdp_qlora import cli
-from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief, one_line
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief, one_line, one_line_of
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
 NAMES = ("_name_or_path", "_also")  # in a shape, of the model on the hub
@@ -54,7 +54,7 @@ NOT_WEIGHTS = ("adapter_model", "consolidated")  # an adapter; a second copy in 
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 GROUP = 64  # weights that share one constant
 NESTED = 256  # constants that share one constant of the second level
-ORIGINAL = "take the 16-bit original of this model"
+ORIGINAL, FETCH = "take the 16-bit original of this model", "fetch it again"
 SAME_PLACE = "copy config.json and the weights from the same place"
 NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit is made of these
 STATE = ".quant_state.bitsandbytes__"
@@ -249,10 +249,9 @@ def read_json(path: Path) -> dict:
         raise UserError(str(path), "is needed, and absent", "give a complete model directory")
     raw = path.read_bytes()
     _refuse_stand_in(path, raw[:64])
-    try:
+    rule, kinds = "is no valid JSON ({})", (ValueError, RecursionError)
+    with one_line_of(path, FETCH, INTEGRITY, rule, kinds):
         value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"is no valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise _damaged(path, "must hold a JSON object")
     return value
@@ -503,7 +502,7 @@ def _refuse_stand_in(path: Path, head: bytes) -> None:
         raise _damaged(path, "is an HTML page, not the file", "download the raw file")
 
 
-def _damaged(path: Path, rule: str, remedy: str = "fetch it again") -> UserError:
+def _damaged(path: Path, rule: str, remedy: str = FETCH) -> UserError:
     return UserError(str(path), rule, remedy, INTEGRITY)
 
 
@@ -726,12 +725,11 @@ def _read(ref: TensorRef) -> bytes:
 
 
 def _read_state(ref: TensorRef, name: str) -> dict:
-    try:
+    kinds = (ValueError, KeyError, TypeError, RecursionError)
+    with one_line_of(ref.file, FETCH, INTEGRITY, f"{name} is no quantization state ({{}})", kinds):
         state = json.loads(_read(ref))
         if [type(size) for size in state["shape"]] != [int, int]:
             raise ValueError("no shape of two sizes")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(ref.file, f"{name} is no quantization state ({error})") from None
     return state
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fsdp_qlora.data import chats, sources
 from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text, find_lost, says_something
-from fsdp_qlora.errors import UserError, one_line
+from fsdp_qlora.errors import UserError, one_line, one_line_of
 
 ASSISTANT = "### Assistant:"
 TOOL_COLUMNS = ("tools", "functions")
@@ -518,10 +518,8 @@ def chat_values(row: dict) -> dict[str, Any]:
 
 def _parse_format(template: str) -> tuple[tuple[str, str | None], ...]:
     got = f"--template {template}"
-    try:
+    with one_line_of(got, "write {column}, and {{ for a brace", kinds=ValueError):
         parts = list(string.Formatter().parse(template.replace("\\n", "\n")))
-    except ValueError as error:
-        raise UserError(got, str(error), "write {column}, and {{ for a brace") from error
     for _, column, spec, conversion in parts:
         if column == "" or spec or conversion or any(sign in (column or "") for sign in "[]"):
             raise UserError(got, "want the name of a column in each pair of braces", "correct it")

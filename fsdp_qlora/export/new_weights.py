@@ -29,11 +29,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from fsdp_qlora import cli, config, hardware
+from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, MXFP4, QUANTIZED_ITEM_BYTES, TensorRef, read_tensors
-from fsdp_qlora.arch.info import inner_name
-from fsdp_qlora.arch.targets import TURNED, expert_matrices
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.export.adapter import TABLE, Pair, SavedAdapter, run_config
@@ -129,7 +127,7 @@ class TrainedBase:
 
     def read(self, name: str) -> torch.Tensor:
         """Read a parameter by its name of stored_names: experts lie one by one in the files."""
-        parts = expert_matrices(self.info, name) or [[name]]
+        parts = arch.targets.expert_matrices(self.info, name) or [[name]]
         names = [part for matrix in parts for part in matrix]
         read = self.read_ahead(names)
         if len(names) == 1:
@@ -271,7 +269,8 @@ def _outer_names(info: ModelInfo) -> dict[str, str]:
     """Of a wrapper, name in its text half -> in the files."""
     if not info.wrapper or info.path is None:
         return {}
-    return {inner_name(name): name for name in read_tensors(info.path, QUANTIZED_ITEM_BYTES)}
+    stored = read_tensors(info.path, QUANTIZED_ITEM_BYTES)
+    return {arch.info.inner_name(name): name for name in stored}
 
 
 def quantized(info: ModelInfo, settings: Any, dtype: str | None, device: torch.device) -> Tensors:
@@ -471,8 +470,8 @@ def logits(base: TrainedBase, ids: list[list[int]], tell: Callable[[], Any] = bo
             own["weight"] = stored[f"{embedded}.weight"]
         if own:
             reader = next((n for n in has_conv if name.startswith(f"{n}.")), name)
-            if module is embedding and base.info.model_type == TURNED:  # it is asked before it runs
-                reader = ""
+            if module is embedding and base.info.model_type == arch.targets.TURNED:
+                reader = ""  # it is asked before it runs
             holder = model.get_submodule(reader)
             holder.register_forward_pre_hook(partial(_bring, own, base, module))
             holder.register_forward_hook(partial(_drop, module))

@@ -499,22 +499,18 @@ def find_cache(
 
 
 def open_cache(
-    setting: str,
-    info: ModelInfo,
-    layouts: Sequence[Layout],
-    world: World,
-    is_verified: bool = False,
+    setting: str, info: ModelInfo, layouts: Sequence[Layout], world: World, is_full: bool = False
 ) -> QuantizedCache:
     """Find the cache entry of a model, or the place to write it; a rank decides for its machine.
 
     Args:
         setting, info, layouts: see `find_cache`.
         world: the ranks; all must call.
-        is_verified: the layers must be made of these very bytes, all of which are hashed.
+        is_full: the layers must be made of these very bytes, all of which are hashed.
     """
     cache = QuantizedCache(None, "off")
     if world.local_rank == 0:
-        base_bytes = info.whole_digest if is_verified and setting != "off" else None
+        base_bytes = info.whole_digest if is_full and setting != "off" else None
         cache = find_cache(setting, info, layouts, base_bytes)
         if cache.directory is not None and not cache.is_complete:
             _claim(cache, cache.directory, sum(cache.sizes) / hardware.GIB)

@@ -17,7 +17,7 @@ from typing import Any
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo, targets
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, refuse
 from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import fit, memory, rows, sizes
 from fsdp_qlora.planning.fit import Outcome, Speed
@@ -373,8 +373,7 @@ def parse(argv: Sequence[str]) -> Asked:
     if options.explain and len(machines) > 1:
         rule = "explains the plan of one machine"
         faults.append(UserError(f"--explain with --gpus {options.gpus}", rule, "name one of them"))
-    if faults:
-        raise join(faults)
+    refuse(faults)
     return options, cfg, config.given(rest), machines
 
 
@@ -602,15 +601,11 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
         lines.append(("to fit", WORDS["nearest"].format_map(shown)))
     notes = []
     for gpu in dict.fromkeys(plan.machine.gpus):
-        if plan.cfg.compute_dtype == "bfloat16" and not gpu.has_bf16:
-            words = "has no bfloat16 matmuls: several times slower than in float16"
-            notes.append(f"a {gpu.name} {words}")
         way, gain = plan.cfg.matmul, gpu.gain(plan.cfg.matmul)
-        if not gain:
-            notes.append(f"a {gpu.name} gains nothing by --matmul {way}, which is refused there")
-        elif way == "int8":
-            words = "as fast in frozen matmuls: predicted, not measured"
-            notes.append(f"--matmul int8: {gain}x {words} on a {gpu.name}")
+        due = {"slow": plan.cfg.compute_dtype == "bfloat16" and not gpu.has_bf16}
+        due |= {"idle": not gain, "predicted": bool(gain) and way == "int8"}
+        texts = [WORDS["of_gpus"][name] for name in due if due[name]]
+        notes += [text.format(gpu=gpu.name, way=way, gain=gain) for text in texts]
     lines += _experts(plan)
     return _wrapped(lines + [("note", note) for note in [*notes, *cfg_notes(plan.cfg)]])
 

@@ -39,8 +39,7 @@ from fsdp_qlora.model import load, shard
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT, hosts_of
-from fsdp_qlora.training import memory
-from fsdp_qlora.training.objectives import FIGURES as PREFERENCE
+from fsdp_qlora.training import memory, objectives
 
 # The phase of the clock that ends at a point of a step.
 PHASES = {"data": "data"} | {f"post-{phase}": phase for phase in memory.STEP_PHASES}
@@ -560,8 +559,7 @@ def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
     print(TABLE["summary"].format_map(done), flush=True)
 
 
-FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
-FIGURES += ("num_tokens", "num_trained_tokens", "expert_load", *PREFERENCE)
+FIGURES = (*TABLE["figures"], *objectives.FIGURES)
 HELD_OUT = ("loss", "perplexity", "accuracy", "margin")
 _OPTIONS = cli.options(TrainConfig).items()  # a tracker gets those that are no text of the user's
 SETTINGS = tuple(name for name, row in _OPTIONS if str not in row.kinds or row.choices)
