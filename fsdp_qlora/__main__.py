@@ -10,20 +10,8 @@ from fsdp_qlora import cli
 from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError, redact_tracebacks
 
 COMMANDS, FORMER = cli.TABLE["commands"], cli.TABLE["former"]
+SHELLS = cli.TABLE["completion"]
 ANSWERS = {"plan", "data", "doctor", "generate", "cache", "recipe"}  # they print their result
-
-BASH = """_fsdp_qlora() {
-local words
-case "${COMP_WORDS[1]} ${COMP_WORDS[COMP_CWORD-1]}" in
-%s
-esac
-[ "$COMP_CWORD" = 1 ] && words="%s"
-COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
-}
-complete -o default -F _fsdp_qlora fsdp-qlora"""
-ZSH = """(( $+functions[compdef] )) || { autoload -U compinit && compinit }
-autoload -U +X bashcompinit && bashcompinit
-"""
 
 
 def main(argv: list[str]) -> int:
@@ -96,7 +84,8 @@ def completion(shell: str) -> str:
     for command, row in words.items():
         names = " ".join(name if name.islower() else value for name, value in row.items())
         cases.append(f'"{command} "*) words="{names}";;')
-    return ZSH * (shell == "zsh") + BASH % ("\n".join(cases), " ".join(COMMANDS))
+    start = SHELLS["zsh"] * (shell == "zsh")
+    return start + SHELLS["bash"] % ("\n".join(cases), " ".join(COMMANDS))
 
 
 def console() -> int:

@@ -254,11 +254,10 @@ def _given(config: TrainConfig) -> frozenset[str]:
 
 def _keep_rows(rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write rows as JSON lines, once for equal ones."""
-    try:
+    rule, kinds = "every row must be a dict of JSON values ({})", (TypeError, ValueError)
+    remedy = "convert the other values to text"
+    with errors.one_line_of("dataset", remedy, rule=rule, kinds=kinds):
         text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows)
-    except (TypeError, ValueError) as error:
-        rule = f"every row must be a dict of JSON values ({error})"
-        raise errors.UserError("dataset", rule, "convert the other values to text") from error
     data = text.encode()
     path = atomic.cache_dir() / "rows" / f"{hashlib.sha256(data).hexdigest()[:32]}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -109,14 +109,10 @@ def train_command(
         num_ranks: ranks.
         run_dir: its output directory.
     """
-    num_rows = num_steps * case.accumulation * case.batch_size * num_ranks
-    return [
-        *(sys.executable, "-m", "fsdp_qlora", "train", f"--model_name={model}", *flags),
-        *("--dataset=dummy", "--eval_samples=0", f"--dataset_samples={num_rows}"),
-        *(f"--gradient_accumulation_steps={case.accumulation}", f"--batch_size={case.batch_size}"),
-        *(f"--context_length={case.context_length}", f"--max_steps={num_steps}"),
-        *(f"--world_size={num_ranks}", f"--output_dir={run_dir}"),
-    ]
+    shown: dict[str, Any] = {"steps": num_steps, "ranks": num_ranks, "run_dir": run_dir}
+    shown |= {"rows": num_steps * case.accumulation * case.batch_size * num_ranks}
+    own = [text.format_map(shown | case._asdict()) for text in TABLES["of_case"]]
+    return [sys.executable, "-m", "fsdp_qlora", "train", f"--model_name={model}", *flags, *own]
 
 
 def run_program(argv: list[str], env: Mapping[str, str], log: Path, timeout_s: float) -> BenchRow:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsdp_qlora import atomic
-from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.errors import INTEGRITY, UserError, one_line_of
 
 CHECKPOINTS, LOGS, LOCK = "checkpoints", "logs", ".lock"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
@@ -253,13 +253,12 @@ def steps(run_dir: Path) -> list[int]:
         UserError: their directory cannot be read, so that nobody knows (code 5).
     """
     place = run_dir / CHECKPOINTS
-    try:
-        names = os.listdir(place)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        rule = f"cannot be read ({error.strerror})"
-        raise UserError(str(place), rule, "see to the disk, then try again", INTEGRITY) from error
+    remedy = "see to the disk, then try again"
+    with one_line_of(place, remedy, INTEGRITY, "cannot be read ({})"):
+        try:
+            names = os.listdir(place)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
     matches = [match for match in map(STEP_NAME.fullmatch, names) if match]
     return sorted((int(match[1]) for match in matches), reverse=True)
 

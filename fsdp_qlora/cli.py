@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 from fastcore.basics import str2bool  # it reads the reference's command lines too
 
 from fsdp_qlora import atomic
-from fsdp_qlora.errors import UserError, join
+from fsdp_qlora.errors import UserError, refuse
 
 OptionsT = TypeVar("OptionsT")
 TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
@@ -35,27 +35,21 @@ TYPES = {"int": int, "float": float, "path": Path}
 YAML, SWITCH = (".yaml", ".yml"), {"on", "off"}
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 DELAY_S, LINE_S = 2.0, 30.0  # until a bar is seen; between lines where there is no terminal
-RULES: dict[str, Callable[[Any], bool]] = {
+RULES: dict[str, Callable[[Any], Any]] = {
     "": lambda value: True,
-    "> 0": lambda value: value > 0,
-    ">= 0": lambda value: value >= 0,
-    ">= 1": lambda value: value >= 1,
-    ">= 2": lambda value: value >= 2,
     "-1 or >= 1": lambda value: value == -1 or value >= 1,
-    "above 0 to 1": lambda value: 0 < value <= 1,
-    "from 0 to 1": lambda value: 0 <= value <= 1,
-    "from 0 to below 1": lambda value: 0 <= value < 1,
-    "from 0 to below 0.5": lambda value: 0 <= value < 0.5,
-    "from 0 to 65535": lambda value: 0 <= value <= 65535,
-    "from 0 to 2**32 - 1": lambda value: 0 <= value < 2**32,
     "a number of steps, or from 0.0 to 1.0": lambda v: 0 <= v <= (1 if type(v) is float else 10**9),
-    "auto or >= 1": lambda v: bool(re.fullmatch(r"auto|[1-9][0-9]{0,8}", v)),
-    "epoch or >= 1": lambda v: bool(re.fullmatch(r"epoch|[1-9][0-9]{0,8}", v)),
-    "a number of steps, or minutes as in 30m": lambda v: bool(re.fullmatch(r"\d{1,9}m?", v)),
-    "layers as in 0,8-15": lambda v: bool(re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", v)),
     "a JSON object": lambda value: atomic.parse_json(value) is not None,
     "printable text": lambda value: value.strip() != "" and value.isprintable(),
 }
+RULES |= {rule: re.compile(text).fullmatch for rule, text in TABLE["patterns"].items()}
+
+
+def _within(least: float, most: float, value: float) -> bool:
+    return least <= value <= most
+
+
+RULES |= {rule: functools.partial(_within, *ends) for rule, ends in TABLE["bounds"].items()}
 
 
 class _SafeFile(io.FileIO):
@@ -265,8 +259,7 @@ def parse(argv: list[str], cls: type[OptionsT], usage: str, needed: Sequence[str
     for name in needed:
         if values.get(name) is None and f"--{name}" not in reported:
             faults.append(UserError(f"--{name}", "must be given", "--help tells what it means"))
-    if faults:
-        raise join(faults)
+    refuse(faults)
     return cls(**values)
 
 
@@ -406,15 +399,13 @@ class Reader:
             if field_name is None or field_name == "recipe":
                 self._refuse_name(f"{key} in {path}", key)
             elif isinstance(value, bool | int | float | str | list) or (
-                isinstance(value, dict) and self._rule(field_name) == "a JSON object"
+                isinstance(value, dict)
+                and getattr(options(self.cls).get(field_name), "rule", "") == "a JSON object"
             ):
                 given[field_name] = Given(to_text(value), place)
             elif value is not None:  # as YAML leaves a thing out
                 self._refuse(place, "must be text, number or true/false", "rewrite it")
         return self.rename(given)
-
-    def _rule(self, name: str) -> str:
-        return str(getattr(options(self.cls).get(name), "rule", ""))
 
     def _refuse(self, got: str, rule: str, remedy: str) -> None:
         self.faults.append(UserError(got, rule, remedy))
@@ -625,19 +616,16 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """The usage, what it does, and a line or more for each argument."""
-        words, lines = [self.prog], []
+        lines = []
         for action in (row for row in self._actions if row.dest != "help"):
             name = ", ".join(action.option_strings) or str(action.metavar or action.dest).upper()
-            part = "[--option value ...]" if action.option_strings else name
-            words.append(f"[{part}]" if action.nargs in ("?", "*") and part == name else part)
             choices = f"({' | '.join(map(to_text, action.choices))})" if action.choices else ""
             text = f"{action.help or ''}".replace("%(default)s", to_text(action.default))
             is_told = action.default in (None, False) or "[" in text
             usual = "" if is_told else f"[{to_text(action.default)}]"
             lines.append(_entry(name, " ".join(filter(None, [text, choices, usual]))))
-        usage = self.usage or " ".join(dict.fromkeys(words))
         about = inspect.cleandoc(self.description or "")
-        return "\n\n".join([f"usage: {usage}", about, "\n".join(lines)]) + "\n"
+        return "\n\n".join([f"usage: {self.usage}", about, "\n".join(lines)]) + "\n"
 
     def error(self, message: str) -> typing.NoReturn:
         """Refuse a command line in one line."""
@@ -659,7 +647,8 @@ def arguments(command: str, argv: Sequence[str], about: str | None, **known: dic
     Raises:
         UserError: a wrong argument.
     """
-    parser = Parser(f"python -m fsdp_qlora {command}", description=about)
+    program = f"python -m fsdp_qlora {command}"
+    parser = Parser(program, f"{program} {TABLE['usage'][command]}", about)
     for name, row in TABLE["arguments"][command].items():
         row = {**row, "type": TYPES.get(row.get("type", ""), str), **known.get(name.strip("-"), {})}
         parser.add_argument(name, **row)

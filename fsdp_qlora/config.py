@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from fsdp_qlora import atomic, cli
 from fsdp_qlora.cli import Alias, Given, flag
-from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact, refuse
 
 USAGE = "usage: python train.py --model_name NAME [--recipe NAME|FILE] [--option value ...]"
 PROJECT_DIR = Path(__file__).resolve().parents[1]
@@ -262,8 +262,7 @@ class TrainConfig:
         rows = [(name, getattr(self, name), row) for name, row in cli.options(TrainConfig).items()]
         found = [cli.find_fault(value, row, f"{name} = {value!r}") for name, value, row in rows]
         faults = [fault for fault in found if fault is not None] or find_conflicts(self)
-        if faults:
-            raise join(faults)
+        refuse(faults)
         if self.sharding_strategy == "ddp" and self.offload_impl not in ("stream", "file"):
             object.__setattr__(self, "use_cpu_offload", False)
         if self.revision is not None:  # from here on one name tells both
@@ -409,8 +408,7 @@ def parse(argv: Sequence[str], say: Callable[[str], Any] = str) -> TrainConfig:
         faults += _written(cfg := TrainConfig(**values), values)
     except UserError as fault:
         faults.append(fault)
-    if faults:
-        raise join(faults)
+    refuse(faults)
     for note in reader.notes:
         say(f"note      {note}")
     return dataclasses.replace(cfg, output_dir=str(cfg.resolved_output_dir))
@@ -429,8 +427,7 @@ def place(argv: Sequence[str]) -> TrainConfig:
     values, faults = _Reader(TrainConfig, ALIASES, RECIPES_DIR).read(argv)
     names = ("world_size", "master_port", "output_dir", "model_name", "revision", "train_type")
     try:
-        if faults:
-            raise join(faults)
+        refuse(faults)
         return TrainConfig(**{name: values[name] for name in names if name in values})
     except UserError:
         parse(argv)  # tells all faults at once
@@ -521,8 +518,7 @@ def renamed(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
             removed += [name] * (name not in ALIASES or ALIASES[name].changes(text))
     values = {name: None for name in held if name in options and held[name] is None}
     values |= reader.convert(reader.rename(texts))
-    if reader.faults:
-        raise join(reader.faults, INTEGRITY)
+    refuse(reader.faults, INTEGRITY)
     return {name: values[name] for name in options if name in values}, tuple(removed)
 
 
@@ -643,14 +639,8 @@ def _due(cfg: TrainConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any
 
 def _written(cfg: TrainConfig, values: Mapping[str, Any]) -> list[UserError]:
     """Faults of what the user wrote: what this run overrides, a home of nobody, a secret."""
-    faults = []
-    if values.get("use_cpu_offload") and not cfg.use_cpu_offload:
-        got, rule = "--use_cpu_offload true with ddp", "ddp keeps the whole base on each GPU"
-        remedy = "use full_shard or --offload_impl stream, or leave offload out"
-        faults.append(UserError(got, rule, remedy))
-    if values.get("double_quant") and cfg.quant_type == "int8":
-        got, rule = "--double_quant true with --quant_type int8", "int8 has no block scales"
-        faults.append(UserError(got, rule, "leave --double_quant out"))
+    rows = [_TABLE["written"][name] for name in _TABLE["written"] if values.get(name)]
+    faults = [UserError(**row) for row in _due(cfg, rows)]
     for name, text in values.items():
         if not isinstance(text, str):
             continue

@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
 DONE, BUG, INPUT, ENVIRONMENT, RUN_FAILED, INTEGRITY = range(6)  # exit codes
@@ -120,20 +121,27 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def one_line_of(got: object, remedy: str, code: int = INPUT) -> Iterator[None]:
-    """Make one line for the user of an error of the system.
+def one_line_of(
+    got: object, remedy: str, code: int = INPUT, rule: str = "{}", kinds: Any = OSError
+) -> Iterator[None]:
+    """Make one line for the user of an error of the system, or of a library.
 
     Args:
         got: file or directory at work.
         remedy, code: see UserError.
+        rule: {} stands for what the error says, {kind} for the name of its type.
+        kinds: of errors; Exception for code that may raise anything.
 
     Raises:
-        UserError: the block has raised an OSError.
+        UserError: the block has raised such an error.
     """
     try:
         yield
-    except OSError as error:
-        raise UserError(str(got), error.strerror or str(error), remedy, code) from error
+    except kinds as error:
+        why = getattr(error, "strerror", None) or str(error)
+        why = brief(error) if kinds is Exception else why
+        rule = rule.replace("{}", why).replace("{kind}", type(error).__name__)
+        raise UserError(str(got), rule, remedy, code) from error
 
 
 def join(faults: Faults, code: int | None = None) -> UserError:
@@ -151,6 +159,12 @@ def join(faults: Faults, code: int | None = None) -> UserError:
     numbered = {row: f"{row[0]} ({num} times)" if num > 1 else row[0] for row, num in rows.items()}
     first, *rest = [UserError(got, *row[1:]) for row, got in numbered.items()]
     return UserError(first.got, first.rule, first.remedy, code or first.code, rest)
+
+
+def refuse(faults: Faults, code: int | None = None) -> None:
+    """Raise `join(faults)`, if there are any; see there."""
+    if faults:
+        raise join(faults, code)
 
 
 def is_memory(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 
 from fsdp_qlora.atomic import GIB, cache_dir
-from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line_of
 
 if TYPE_CHECKING:
     import torch
@@ -88,12 +88,6 @@ ENTRY = re.compile(r"(?:(?P<count>\d{1,2})\s*x\s*)?(?P<name>[\w .-]+)", re.IGNOR
 SIZE = re.compile(r"(?:-(\d{1,3})|\b(\d{1,3}) ?gi?b?)\b")  # in a name: A100-80, 4060 Ti 16 GB
 FIRST_WITH_BF16 = (8, 0)  # Ampere; torch emulates it on older GPUs, slowly and silently
 SPEEDS, DRIVERS = _TABLE["speeds"], _TABLE["drivers"]
-ASK_TORCH = """
-import json, torch
-num = torch.cuda.device_count() if torch.cuda.is_available() else 0
-found = [torch.cuda.get_device_properties(i) for i in range(num)]
-print(json.dumps([(gpu.name, gpu.total_memory / 2**30, gpu.major >= 8) for gpu in found]))
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +171,8 @@ def _named(name: str) -> Device:
     same = [row for row in known if _parts(row) == (letters, number)]
     lower = [row for row in known if _parts(row)[0] == letters and _parts(row)[1] < number]
     near = difflib.get_close_matches(plain, same or lower, 1, 0.3 if same else 0.5)
-    words = f"did you mean {known[near[0]]}?" if near else f"known: {', '.join(_SERIES)}"
-    raise UserError(f"--gpus {name}", "no such GPU", f"{words}; or its GiB, as in 2x24")
+    words = f"did you mean {known[near[0]]}" if near else f"known: {', '.join(_SERIES)}"
+    raise UserError(f"--gpus {name}", "no such GPU", f"{words}, or its GiB, as in 2x24?")
 
 
 def _of_size(memory_gib: float) -> Device:
@@ -312,14 +306,12 @@ def _torch_gpus(visible: str | None) -> list[Device]:
     if not has_gpu_build() or not any(Path(path).exists() for path in DRIVERS):
         return []
     env = {**os.environ} if visible is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
-    command = [sys.executable, "-c", ASK_TORCH]
-    try:
+    command = [sys.executable, "-c", _TABLE["ask_torch"]]
+    kinds = (OSError, subprocess.SubprocessError, ValueError)
+    remedy = "see what `python -c 'import torch'` says"
+    with one_line_of("torch", remedy, ENVIRONMENT, "lists no GPUs ({kind})", kinds):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env)
         rows = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        rule = f"lists no GPUs ({type(error).__name__})"
-        remedy = "see what `python -c 'import torch'` says"
-        raise UserError("torch", rule, remedy, ENVIRONMENT) from error
     found = [(gpu_like(name, gib), round(gib, 1), has_bf16) for name, gib, has_bf16 in rows]
     return [dataclasses.replace(gpu, memory_gib=gib, has_bf16=own) for gpu, gib, own in found]
 
@@ -364,13 +356,11 @@ def measured_speeds() -> dict[str, dict[str, float]]:
     path = machine_file()
     if not path.is_file():
         return {}
-    try:
+    kinds = (OSError, ValueError, KeyError, TypeError, AttributeError)
+    remedy = "delete it, or run python -m fsdp_qlora doctor"
+    with one_line_of(path, remedy, ENVIRONMENT, "is not what doctor writes ({kind}: {})", kinds):
         table = json.loads(path.read_text(encoding="utf-8"))["cards"].items()
         return {name: {key: float(row[key]) for key in SPEEDS if key in row} for name, row in table}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        rule = f"is not what doctor writes ({type(error).__name__}: {error})"
-        remedy = "delete it, or run python -m fsdp_qlora doctor"
-        raise UserError(str(path), rule, remedy, ENVIRONMENT) from error
 
 
 def with_measured(devices: list[Device], link_gbs: float | None = None) -> list[Device]:

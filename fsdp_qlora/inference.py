@@ -20,7 +20,7 @@ from typing import Any
 from fsdp_qlora import arch, atomic, cli, config
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, brief, join
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line_of, refuse
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import adopt_format
 
@@ -62,7 +62,7 @@ class Opened:
         world: this process among the ranks.
         model: a QuantizedModel in evaluation mode, its adapter not loaded: it computes the base.
         adapter: what is loaded on top of it, or None.
-        tokenizer: transformers tokenizer of the base.
+        tokenizer: transformers tokenizer of the base, with the adapter's chat template.
     """
 
     cfg: config.TrainConfig
@@ -93,10 +93,21 @@ class Opened:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The transformers tokenizer of the base."""
+        """The transformers tokenizer of the base, with the chat template that the adapter has."""
         from fsdp_qlora.data import tokenizer
 
-        return tokenizer.load(tokenizer.directory(self.info))
+        made = tokenizer.load(tokenizer.directory(self.info))
+        own = self.adapter and self.adapter.path / tokenizer.CHAT_FILE
+        if own and own.is_file() and not isinstance(made.chat_template, dict):
+            made.chat_template = own.read_text(encoding="utf-8")
+        return made
+
+    @functools.cached_property
+    def chat(self) -> Any:
+        """The chat template of the tokenizer, or a plain one."""
+        from fsdp_qlora.data import tokenizer
+
+        return tokenizer.wrap(self.tokenizer, self.cfg.model_name).chat()
 
     def encode(self, question: Asked, is_raw: bool = False, row: dict | None = None) -> list[int]:
         """Make the tokens of a prompt, as the model was trained to see it.
@@ -108,9 +119,9 @@ class Opened:
             row: it stands in; its `tools` and `chat_template_kwargs` reach the template.
 
         Raises:
-            UserError: the chat template cannot render it.
+            UserError: the chat template cannot render it, takes too long or writes too much.
         """
-        from fsdp_qlora.data.row_formats import chat_values
+        from fsdp_qlora.data.row_formats import Refused, chat_values
 
         turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
         turns = turns[:-1] if turns[-1]["role"] == "assistant" and turns[1:] else turns
@@ -120,13 +131,9 @@ class Opened:
             if (system := self.cfg.system_prompt) and turns[0]["role"] != "system":
                 turns = [{"role": "system", "content": system}, *turns]
             kwargs = json.loads(self.cfg.chat_template_kwargs or "{}")
-            try:
-                kwargs |= chat_values(row or {})
-                kwargs |= {"tokenize": False, "add_generation_prompt": True}
-                text = tokenizer.apply_chat_template(turns, **kwargs)
-            except Exception as error:  # code of others: it may raise anything
-                rule = f"the chat template cannot render the conversation ({brief(error)})"
-                raise UserError("generate", rule, "use --raw") from error
+            rule = "the chat template cannot render the conversation ({})"
+            with one_line_of("generate", "use --raw", rule=rule, kinds=Refused):
+                text = self.chat.prompt(turns, **kwargs | chat_values(row or {}))
         elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
             text = text.removeprefix(tokenizer.bos_token)
         return list(tokenizer(text, add_special_tokens=not is_chat).input_ids)
@@ -295,6 +302,7 @@ def _generator(model: Any, world: Any) -> Any:
 
     decoder = model.decoder
     accepted = inspect.signature(decoder.forward).parameters
+    is_masked = decoder._supports_sdpa  # else with sinks
 
     class Generator(GenerationMixin):
         """Tokens and logits are on the host, where every machine draws the same."""
@@ -306,12 +314,14 @@ def _generator(model: Any, world: Any) -> Any:
         def forward(self, input_ids, attention_mask=None, position_ids=None, **rest):
             hooks.beat("generate", world.rank)
             padding, cache = {}, rest["past_key_values"]
-            if attention_mask is not None:  # rows of unlike lengths
+            own = decoder.config._attn_implementation
+            if attention_mask is not None and not attention_mask.all():  # rows of unlike lengths
                 padding = {"attention_mask": attention_mask, "position_ids": position_ids}
                 padding = {name: padding[name] for name in padding if name in accepted}
-                if decoder.config._attn_implementation == PLAIN:
-                    decoder.config._attn_implementation = MASKED
+                if own == PLAIN:  # transformers' own attention knows sinks and padding
+                    decoder.config._attn_implementation = MASKED if is_masked else "eager"
             logits_B1V = model(input_ids, past_key_values=cache, **padding).float().cpu()
+            decoder.config._attn_implementation = own
             logits_B1V = world.from_first(logits_B1V)
             return CausalLMOutputWithPast(logits=logits_B1V, past_key_values=cache)
 
@@ -412,8 +422,7 @@ def _parse(name: str, argv: Sequence[str], cls: Any) -> tuple:
     cli.show_help_if_asked(argv, cls, f"usage: fsdp-qlora {name} [--option value ...]")
     own, rest = cli.split(argv, cli.options(cls))
     values, faults = cli.Reader(cls).read(own)
-    if faults:
-        raise join(faults)
+    refuse(faults)
     given, adapter = config.given(rest), Path(values["adapter"]) if values.get("adapter") else None
     if adapter is None and "model_name" not in given:
         raise UserError(name, "needs --adapter or --model_name", "give one of them")

@@ -26,23 +26,21 @@ class Run:
         name: of its directory.
         directory: absolute.
         steps: lines of metrics.jsonl that are optimizer steps, by rising number.
-        evals: (step, held-out loss); step 0 is before the first.
+        evals: events "eval": step, which is 0 before the first, loss, accuracy of preferences.
         config: the run's configuration by flag, as far as it is recorded.
         facts: everything else in its first line and in summary.json, by name.
         samples: events "sample": when, prompt, answer.
         num_redone: steps taken again after a resume; their first attempt is left out.
-        accuracies: of preferences, step -> [held-out accuracy].
     """
 
     name: str
     directory: Path
     steps: list[dict[str, Any]]
-    evals: list[tuple[float, float | None]]
+    evals: list[dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     num_redone: int = 0
-    accuracies: dict[float, list[float]] = field(default_factory=dict)
 
     @property
     def num_ranks(self) -> int:
@@ -157,11 +155,10 @@ def _add(run: Run, row: dict[str, Any]) -> None:
         while run.steps and run.steps[-1]["step"] >= row["step"]:
             run.steps.pop()
             run.num_redone += 1
-        run.evals = [entry for entry in run.evals if entry[0] < row["step"]]
+        run.evals = [line for line in run.evals if line["step"] < row["step"]]
         run.steps.append(row)
     elif kind == "eval":
-        run.evals.append((row.get("step", last), row.get("loss")))
-        run.accuracies |= {run.evals[-1][0]: [row["accuracy"]]} if "accuracy" in row else {}
+        run.evals.append({"step": last, "loss": None} | row)
     elif kind == "sample":
         run.samples.append(row)
     elif kind == "run":

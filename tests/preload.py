@@ -11,11 +11,16 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import gc
 import importlib
+import sys
+
+from transformers import conversion_mapping
 
 from fsdp_qlora.model import quantize
 
 for name in (
     "accelerate",
+    "encodings.idna",
+    "numpy.ma",
     "peft",
     "safetensors.torch",
     "torch.distributed.fsdp",
@@ -34,10 +39,13 @@ for name in (
     "fsdp_qlora.report.page",
     "fsdp_qlora.training.loop",
     "fsdp_qlora.training.memory_probe",
-    "fsdp_qlora.training.trackers",
     "fsdp_qlora.training.checkpoint",
 ):
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ImportError as error:  # the fork server would go on without the rest, and say nothing
+        sys.exit(f"tests/preload.py: {error}")
 quantize.import_bitsandbytes()
+conversion_mapping.get_checkpoint_conversion_mapping("llama")  # makes a thousand patterns once
 gc.collect()
 gc.freeze()  # a forked process collects its own garbage only

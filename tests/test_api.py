@@ -1,5 +1,6 @@
 """The public API: a run from a script, on ranks of its own and inside a process group."""
 
+import atexit
 import json
 import os
 import subprocess
@@ -114,14 +115,15 @@ def generate(place: Path, *flags: str) -> str:
 
 def ask(place: Path) -> None:
     """Write the answers of the adapter and of its merged model; the environment stays."""
-    env, answers = dict(os.environ), []
+    env, answers, at_exit = dict(os.environ), [], []
     for path in (place / "adapter", place / "merged"):
         model = fsdp_qlora.load_model(path)
+        at_exit.append(atexit._ncallbacks())
         answers += [model.generate("What is 5?", max_tokens=6, temperature=t) for t in (0.0, 0.7)]
         with pytest.raises(UserError, match="is in a process group already"):
             fsdp_qlora.load_model(path)
         model.close()
-    assert env == dict(os.environ)
+    assert env == dict(os.environ) and at_exit[0] == at_exit[1]
     (place / "answers.json").write_text(json.dumps(answers))
 
 

@@ -24,7 +24,7 @@ PACKAGE = "fsdp_qlora"
 # Totals, in code lines: no docstrings, comments, blanks. The house's law allows 18,900 lines in 95
 # files with all features that were planned; until it is there these two only fall, but for what a
 # feature costs.
-MAX_CODE_LINES = 18_960
+MAX_CODE_LINES = 18_990
 MAX_FILES = 86
 MORE_IN_TESTS = 1_500  # than in the product, at most
 MAX_COMMANDS = 13  # with cache, recipe, export and the live page

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from huggingface_hub import constants
 
 from fsdp_qlora import inference, load_model
-from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
 from fsdp_qlora.export import commands
-from tests import small_tokenizers, tiny
+from tests import small_tokenizers, tiny, warm
 from tests.model_files import edit_json
 
 TASK = """
@@ -41,11 +41,18 @@ ROWS = [{"prompt": f"say {w}:", "completion": f" {w} {w} {w}."} for w in WORDS] 
 ASKED = "say la:"
 
 
-def run(*words, text="", cwd=PROJECT_DIR):
-    env = {**os.environ, "PYTHONPATH": str(PROJECT_DIR)}
-    return subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True, input=text
-    )
+def command(argv, start):
+    """`fsdp-qlora argv`, with the input and the cache of the hub that the environment names."""
+    constants.HF_HUB_CACHE = os.environ["HF_HUB_CACHE"]
+    sys.stdin = io.StringIO(os.environ["GIVEN"])
+    return warm.command(argv, start)
+
+
+def run(*argv, text=""):
+    place = Path(os.environ["HF_HUB_CACHE"])
+    started = warm.start(argv, place, command, GIVEN=text)
+    code = started.wait()
+    return SimpleNamespace(returncode=code, stdout=started.out, stderr=started.err)
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +70,9 @@ def finished(tmp_path_factory):
     rows.write_text("\n".join(map(json.dumps, ROWS)))
     patch = pytest.MonkeyPatch()
     patch.setenv("HF_HUB_CACHE", str(directory))
-    patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(directory))
+    patch.setattr(constants, "HF_HUB_CACHE", str(directory))
     done = run(
-        *("train.py", f"--model_name={BASE}", f"--dataset={rows}", "--eval_samples=4"),
+        *("train", f"--model_name={BASE}", f"--dataset={rows}", "--eval_samples=4"),
         *("--world_size=1", "--precision=fp32", "--lora_rank=4", "--lora_dropout=0", "--lr=0.02"),
         *("--batch_size=4", "--num_epochs=6", "--quant_cache=off", "--recipe=reference"),
         *(f"--output_dir={directory / 'out'}", f"--sample_prompt={ASKED}", "--sample_tokens=6"),
@@ -92,7 +99,7 @@ def test_the_base_is_named_as_the_hub_knows_it(finished, tmp_path, monkeypatch):
     (place / "adapter_config.json").write_text(json.dumps(changed))
     assert inference.config_of(place, []).model_name == f"{BASE}@{REVISION}"
     flags = ("--adapter", str(place), "--prompt", ASKED, "--num_tokens", "6", "--raw")
-    done = run("-m", "fsdp_qlora", "generate", *flags, cwd=tmp_path)
+    done = run("generate", *flags)
     assert done.stdout.strip() == answer_of(finished), done.stderr
 
 
@@ -105,7 +112,7 @@ def tokenizer_files(directory):
 
 def test_evaluate_finds_the_losses_of_the_run(finished):
     """Reference: the held-out losses that training recorded before and after."""
-    done = run("-m", "fsdp_qlora", "evaluate", "--adapter", str(finished))
+    done = run("evaluate", "--adapter", str(finished))
     assert done.returncode == 0, done.stderr
     found = json.loads((finished / "evaluation.json").read_text())
     before, after = (loss_of(finished, when) for when in ("before", "after"))
@@ -131,17 +138,10 @@ def test_python_that_only_the_adapter_names_never_runs(finished):
                 inference.evaluate(["--adapter", str(place), *rest])
             assert rows in str(caught.value)
     flags = ("--adapter", str(place), "--prompt", ASKED, "--num_tokens", "6", "--raw")
-    assert run("-m", "fsdp_qlora", "generate", *flags).stdout.strip() == answer_of(finished)
+    assert run("generate", *flags).stdout.strip() == answer_of(finished)
     assert not (place / "ran").exists()
-    done = run(
-        "-m",
-        "fsdp_qlora",
-        "evaluate",
-        "--adapter",
-        str(place),
-        "--eval_samples=0",
-        f"--eval_split={rows}",
-    )
+    flags = ("--adapter", str(place), "--eval_samples=0", f"--eval_split={rows}")
+    done = run("evaluate", *flags)
     assert "division by zero" in done.stderr and (place / "ran").exists()
 
 
@@ -154,14 +154,14 @@ def answer_of(finished):
 def test_two_ranks_give_the_answer_of_the_trained_model_once(finished):
     """Reference: the answer that training recorded."""
     flags = ("--adapter", str(finished), "--prompt", ASKED, "--num_tokens", "6", "--raw")
-    done = run("-m", "fsdp_qlora", "generate", *flags, "--world_size=2")
+    done = run("generate", *flags, "--world_size=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == answer_of(finished) != ""
 
 
 def test_a_conversation_is_drawn_by_its_seed_and_ends_with_an_empty_line(finished):
     flags = ("--adapter", str(finished), "--num_tokens", "6", "--raw", "--temperature", "9")
-    done = run("-m", "fsdp_qlora", "generate", *flags, text=f"{ASKED}\nsay lo:\n{ASKED}\n\n")
+    done = run("generate", *flags, text=f"{ASKED}\nsay lo:\n{ASKED}\n\n")
     drawn = done.stdout.splitlines()
     assert drawn[0] == drawn[2] != answer_of(finished)
     assert len(drawn) == 3
@@ -175,7 +175,7 @@ def test_a_merged_model_answers_as_base_and_adapter(finished):
     base = tokenizer_files(finished.parent / "models--tests--tiny" / "snapshots" / REVISION)
     assert len(base) > 1 and tokenizer_files(finished) == tokenizer_files(merged) == base
     flags = ("--model_name", str(merged), "--precision=fp32", "--prompt", ASKED, "--raw")
-    done = run("-m", "fsdp_qlora", "generate", *flags, "--num_tokens=6")
+    done = run("generate", *flags, "--num_tokens=6")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == answer_of(finished)
     losses = evaluated(finished, merged, "--precision=fp32")
@@ -196,7 +196,7 @@ def evaluated(finished, model, *more):
     """Losses that `evaluate` prints of a model without an adapter, on the run's held-out rows."""
     rows = finished.parent / "rows.jsonl"
     flags = ("--model_name", str(model), f"--dataset={rows}", "--eval_samples=4", *more)
-    done = run("-m", "fsdp_qlora", "evaluate", *flags)
+    done = run("evaluate", *flags)
     assert done.returncode == 0, done.stderr
     return [
         float(line.split()[2].rstrip(",")) for line in done.stdout.splitlines() if "loss" in line
@@ -229,7 +229,7 @@ def test_tasks_without_lm_eval_are_refused_in_one_line_and_with_it_both_models_a
     (finished / "task" / "say.jsonl").write_text(data)
     text = TASK.format(path=finished / "task" / "say.jsonl")
     (finished / "task" / "say.yaml").write_text(text)
-    done = run("-m", "fsdp_qlora", "evaluate", *flags)
+    done = run("evaluate", *flags)
     assert done.returncode == 0, done.stderr
     found = json.loads((finished / "tasks.json").read_text())
     base, adapter = (found[name]["say"]["acc,none"] for name in ("base", "adapter"))
@@ -370,6 +370,14 @@ def test_the_template_gets_what_run_and_row_give_it(finished, tmp_path):
         assert opened.encode(ASKED, row=row) == wanted["input_ids"]
     with pytest.raises(UserError, match='field "chat_template_kwargs" is a list'):
         opened.encode(ASKED, row={"chat_template_kwargs": [1]})
+    base, adapter = SimpleNamespace(path=tmp_path / "m"), SimpleNamespace(path=tmp_path / "run")
+    for template, words in [  # of the adapter
+        ("{{ 'a' * 10**9 }}", "writes more than 67,108,864 characters"),
+        ("{{ raise_exception('no') }}", "cannot render .*: no"),
+    ]:
+        (adapter.path / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match=words):
+            inference.Opened(cfg, base, None, None, adapter).encode(ASKED)
 
 
 def test_a_chat_has_commands(opened, tmp_path, capsys, monkeypatch):

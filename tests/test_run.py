@@ -11,7 +11,7 @@ import pytest
 
 from fsdp_qlora import config
 from fsdp_qlora import run as train_run
-from fsdp_qlora.__main__ import COMMANDS, console
+from fsdp_qlora.__main__ import COMMANDS
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import BUG, DONE, ENVIRONMENT
 from tests import tiny, warm
@@ -36,29 +36,6 @@ SUMMARY_FIELDS = {
     *("plan", "ledger"),
 }
 NOISE = re.compile(r"Warning|Traceback|warn|it/s\]|\r|\x1b|deprecat|Failed to load")
-
-# As train.py, but rank 1 has a bug.
-BROKEN = """
-import dataclasses, os, sys
-sys.path.insert(0, {project!r})
-from fsdp_qlora import config, run as train
-from fsdp_qlora.distributed import launch
-
-def broken(plan, world, *more, run=train.run):
-    if world.rank == 1:
-        raise LookupError("no such thing\\nsecond line")
-    run(plan, world, *more)
-
-train.run = broken
-if launch.is_rank(os.environ):
-    sys.exit(train.main(sys.argv[1:]))
-def start(spec):
-    command = [sys.executable, __file__, *spec.command[len(launch.PROGRAM) :]]
-    return launch.start(spec._replace(command=command))
-
-argv = sys.argv[1:]
-sys.exit(launch.supervise(launch.Attempt(config.parse(argv), argv, start=start)))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -208,25 +185,33 @@ def test_the_ranks_of_torchrun_agree_on_the_default_directory(place: Path):
     assert table["output_dir"] == f"output/{out_dir.name}"
 
 
+def with_a_bug(argv: list[str], start) -> int:
+    """As run.main, but rank 1 has a bug."""
+
+    def broken(plan, world, *more, run=train_run.run):
+        if world.rank == 1:
+            raise LookupError("no such thing\nsecond line")
+        run(plan, world, *more)
+
+    train_run.run = broken
+    return train_run.main(argv, start=start)
+
+
 def test_a_bug_of_one_rank_is_one_line_and_a_trace_in_its_log(place: Path):
     """The rank that waits for it in a collective does not speak."""
-    script, out_dir = place / "broken.py", place / "bug"
-    script.write_text(BROKEN.format(project=str(PROJECT_DIR)))
+    out_dir = place / "bug"
     argv = flags(place, "--world_size=2", f"--output_dir={out_dir}")
-    code, out, err = run(place, str(script), *argv)
+    ended = warm.start(argv, place, with_a_bug)
     log = out_dir / "logs" / "rank1.log"
     line = f"error: rank 1: LookupError: no such thing; the trace is in {log}\n"
-    assert (code, out, err) == (BUG, "", line)
-    assert log.read_text().count("Traceback") == 1 and "broken.py" in log.read_text()
+    assert (ended.wait(), ended.err) == (BUG, line)
+    assert log.read_text().count("Traceback") == 1 and "test_run.py" in log.read_text()
 
 
 def on_no_screen(argv: list[str], start) -> int:
     """As `fsdp-qlora argv` whose stdout is on a full disk, and knows Latin-1 only."""
     sys.stdout.reconfigure(encoding="latin-1", errors="strict")
-    if argv[0] == "train":
-        return train_run.main(argv[1:], start=start)
-    sys.argv = ["fsdp-qlora", *argv]
-    return console()
+    return warm.command(argv, start)
 
 
 def test_no_command_depends_on_its_screen(place: Path):

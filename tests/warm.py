@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fsdp_qlora import run as train_run
+from fsdp_qlora.__main__ import console
 from fsdp_qlora.distributed import launch
 from tests import faults
 from tests.ranks import PRELOAD
@@ -152,6 +153,14 @@ class Run:
                 is_ours = f"({self.name})" in stat and ") Z " not in stat
                 found += [int(place.name)] if is_ours else []
         return found
+
+
+def command(argv: list[str], start: Callable[..., Any]) -> int:
+    """Be `fsdp-qlora argv`, a `main` for `start`."""
+    if argv[0] == "train":
+        return train_run.main(argv[1:], start=start)
+    sys.argv = ["fsdp-qlora", *argv]
+    return console()
 
 
 def make_model(directory: Path, **sizes: int) -> None:

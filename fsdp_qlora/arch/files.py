@@ -24,16 +24,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
 from fsdp_qlora import cli
-from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief, one_line
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief, one_line, one_line_of
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
 NAMES = ("_name_or_path", "_also")  # in a shape, of the model on the hub
@@ -54,7 +54,7 @@ NOT_WEIGHTS = ("adapter_model", "consolidated")  # an adapter; a second copy in 
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 GROUP = 64  # weights that share one constant
 NESTED = 256  # constants that share one constant of the second level
-ORIGINAL = "take the 16-bit original of this model"
+ORIGINAL, FETCH = "take the 16-bit original of this model", "fetch it again"
 SAME_PLACE = "copy config.json and the weights from the same place"
 NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit is made of these
 STATE = ".quant_state.bitsandbytes__"
@@ -72,6 +72,8 @@ BUILDER += "json.dump(shapes_of(json.load(sys.stdin)), sys.stdout)"
 # Of every tensor, for a digest: places, bytes at each; and bytes read at once where all count.
 NUM_SAMPLES, SAMPLE_BYTES, WHOLE_BYTES = 16, 4096, 1 << 24
 NUM_READERS = 4  # threads that read what is hashed whole
+NUM_READ_AHEAD = 2  # linears being read while one is at work
+T = TypeVar("T")
 
 
 def known_shapes() -> list[str]:
@@ -247,10 +249,9 @@ def read_json(path: Path) -> dict:
         raise UserError(str(path), "is needed, and absent", "give a complete model directory")
     raw = path.read_bytes()
     _refuse_stand_in(path, raw[:64])
-    try:
+    rule, kinds = "is no valid JSON ({})", (ValueError, RecursionError)
+    with one_line_of(path, FETCH, INTEGRITY, rule, kinds):
         value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"is no valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise _damaged(path, "must hold a JSON object")
     return value
@@ -382,22 +383,34 @@ def _sampled(ref: TensorRef, num_places: int) -> Iterator[bytes]:
     starts: Sequence[int] = range(0, ref.nbytes, size or 1)
     if num_places and size:
         starts = [(ref.nbytes - size) * i // max(num_places - 1, 1) for i in range(num_places)]
-    ahead: collections.deque[Future[bytes]] = collections.deque()
-    with ref.file.open("rb", buffering=0) as file, ThreadPoolExecutor(NUM_READERS) as pool:
+    with ref.file.open("rb", buffering=0) as file:
         for start in starts if num_places else ():  # a disk over a network reads all places at once
             os.posix_fadvise(file.fileno(), ref.start + start, size, os.POSIX_FADV_WILLNEED)
 
         def read(start: int) -> bytes:
             return os.pread(file.fileno(), min(size, ref.nbytes - start), ref.start + start)
 
-        if num_places:
-            yield from map(read, starts)
-            return
-        for start in starts:  # to hash takes as long as to read
-            ahead.append(pool.submit(read, start))
-            if len(ahead) > NUM_READERS:
-                yield ahead.popleft().result()
-        yield from (part.result() for part in ahead)
+        # To hash all takes as long as to read it.
+        yield from map(read, starts) if num_places else look_ahead(read, starts, NUM_READERS)
+
+
+def look_ahead(
+    read: Callable[[Any], T], items: Sequence[Any], num: int = NUM_READ_AHEAD
+) -> Iterator[T]:
+    """Yield read(item) in order while the next items are being read in threads.
+
+    Args:
+        read: function of one item.
+        items: all of them.
+        num: how many are read meanwhile.
+    """
+    with ThreadPoolExecutor(num) as pool:
+        ahead = collections.deque(pool.submit(read, item) for item in items[:num])
+        for position in range(len(items)):
+            result = ahead.popleft().result()
+            if position + num < len(items):
+                ahead.append(pool.submit(read, items[position + num]))
+            yield result
 
 
 def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> Refs:
@@ -489,7 +502,7 @@ def _refuse_stand_in(path: Path, head: bytes) -> None:
         raise _damaged(path, "is an HTML page, not the file", "download the raw file")
 
 
-def _damaged(path: Path, rule: str, remedy: str = "fetch it again") -> UserError:
+def _damaged(path: Path, rule: str, remedy: str = FETCH) -> UserError:
     return UserError(str(path), rule, remedy, INTEGRITY)
 
 
@@ -712,12 +725,11 @@ def _read(ref: TensorRef) -> bytes:
 
 
 def _read_state(ref: TensorRef, name: str) -> dict:
-    try:
+    kinds = (ValueError, KeyError, TypeError, RecursionError)
+    with one_line_of(ref.file, FETCH, INTEGRITY, f"{name} is no quantization state ({{}})", kinds):
         state = json.loads(_read(ref))
         if [type(size) for size in state["shape"]] != [int, int]:
             raise ValueError("no shape of two sizes")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(ref.file, f"{name} is no quantization state ({error})") from None
     return state
 
 

@@ -45,10 +45,6 @@ WRAPPED = re.compile(
 )
 FORETELLING = re.compile(r"(model\.)?mtp(_\w+)?\.")
 WRAPPED_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
-ACTIVATIONS = "gelu gelu_10 gelu_fast gelu_new gelu_python gelu_pytorch_tanh linear mish quick_gelu"
-ACTIVATIONS += " relu relu2 relu6 silu swish tanh xielu"
-DTYPES = "auto bfloat16 float16 float32 float64"
-ROPES = "default dynamic linear llama3 longrope proportional su yarn"
 OWN_CONFIG = "take the model's own config.json"
 
 
@@ -196,6 +192,7 @@ class LayerShape:
 _TABLE = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
 EXECUTION_ORDER, OTHER_NAMES = _TABLE.pop("execution_order"), _TABLE.pop("other_names")
 RENAMED, OUTER = _TABLE.pop("renamed"), {"llama4": "language_model.model."}
+ACTIVATIONS, DTYPES, ROPES = map(_TABLE.pop, ("activations", "dtypes", "ropes"))
 LAYOUTS = {name: LayerShape(**row) for name, row in _TABLE.items()}
 
 
@@ -517,8 +514,9 @@ def read(model_name: str, need_weights: bool) -> ModelInfo:
     config, stored = _checked_config(text, model_name), files.stored_as(text | raw, model_name)
     is_known = config["model_type"] in LAYOUTS
     tensors, towers, quantized = Refs(), Refs(), dict[str, QuantizedRef]()
-    has_files = path and (need_weights or any(path.glob("*.safetensors")))
-    if reads_headers := need_weights or not is_known:
+    reads_headers = need_weights or not is_known
+    has_files = path and reads_headers and (need_weights or any(path.glob("*.safetensors")))
+    if reads_headers:
         if path and has_files:
             tensors, towers, quantized = stored_tensors(path, config, wrapper, stored)
         else:

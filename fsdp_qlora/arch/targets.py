@@ -4,12 +4,12 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fsdp_qlora.arch.info import HEADS, JOINED, LayerKind, Linear, ModelInfo, read_size
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.errors import UserError
+from fsdp_qlora.errors import UserError, one_line_of
 
 FUSED = {"gate_up_proj": (0, 1), "up_proj": (1,), "down_proj": (2,)}
 FUSED_NAME = re.compile(r".+?\.(?P<layer>\d+)\..+\.experts\.(?P<fused>(gate_)?up_proj|down_proj)")
@@ -221,12 +221,9 @@ def by_pattern(table: Mapping[str, Any], patterns: str, default: str, name: str)
     return table.get(default)
 
 
-@contextlib.contextmanager
-def _explained(option: str, pattern: str) -> Iterator[None]:
-    try:
-        yield
-    except re.error as error:
-        raise UserError(f"{option} {pattern!r}", f"is no pattern ({error})", "correct it") from None
+def _explained(option: str, pattern: str) -> contextlib.AbstractContextManager[None]:
+    got, rule = f"{option} {pattern!r}", "is no pattern ({})"
+    return one_line_of(got, "correct it", rule=rule, kinds=re.error)
 
 
 def _is_read_whole(linear: Linear, params: set[str]) -> bool:

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fsdp_qlora import config, errors
-from fsdp_qlora.data.chats import read_messages
+from fsdp_qlora.data import chats, row_formats, sources
 from fsdp_qlora.data.prepare import PreparedData
-from fsdp_qlora.data.row_formats import chat_values
-from fsdp_qlora.data.sources import parse_json, read_own_file
 from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
 from fsdp_qlora.data.tokens import Sample
 
@@ -114,13 +112,13 @@ def read_prompts(path: Path, flag: str) -> list[tuple[str, Any, dict]]:
     remedy = "give a file with one prompt a line"
     remedy += ", auto or off" * (flag == "--sample_prompts")
     path = path.expanduser()
-    lines = read_own_file(path, flag, remedy).splitlines()
+    lines = sources.read_own_file(path, flag, remedy).splitlines()
     found = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise errors.UserError(f"{flag} {path}", "is empty", remedy)
     is_json, asked = path.suffix.lower() in JSON_SUFFIXES, []
     for place, line in found:
-        row = parse_json(line) if is_json else line
+        row = sources.parse_json(line) if is_json else line
         whole = row if isinstance(row, dict) else {"prompt": row}
         asked.append((place, _parse_prompt(place, row), whole))
     return asked
@@ -135,22 +133,18 @@ def _parse_prompt(place: str, value: Any) -> Any:
         raise errors.UserError(place, "is no prompt in JSON", remedy)
     if not is_chat:
         return value
-    try:
-        return read_messages("messages", value)
-    except Refused as refusal:
-        raise errors.UserError(place, str(refusal), "correct it") from refusal
+    with errors.one_line_of(place, "correct it", kinds=Refused):
+        return chats.read_messages("messages", value)
 
 
 def _ask(at: str, asked: Any, row: dict, ready: PreparedData, tokenizer: TextTokenizer) -> Prompt:
     """A prompt as the rows have it; the template of a chat writes the beginning of text itself."""
     is_chat, text = isinstance(asked, list), asked
     shown = str(asked[-1].get("content", "")) if is_chat else asked
-    try:
+    rule: Any = {"rule": "cannot be asked ({})", "kinds": Refused}
+    with errors.one_line_of(f"{at} {shown}", "leave it out", **rule):
         if ready.formatter is not None:
-            text = ready.formatter.ask(asked, ready.example, **chat_values(row))
-    except Refused as refusal:
-        rule = f"cannot be asked ({refusal})"
-        raise errors.UserError(f"{at} {shown}", rule, "leave it out") from refusal
+            text = ready.formatter.ask(asked, ready.example, **row_formats.chat_values(row))
     if is_chat or (ready.formatter is not None and ready.formatter.is_chat(ready.example)):
         return Prompt(shown, tuple(tokenizer.encode([text], False)[0].ids))
     bos = tokenizer.names.get("bos_token", "") if tokenizer.adds_bos else ""

@@ -12,7 +12,7 @@ from typing import Any
 
 from fsdp_qlora.data import chats, sources
 from fsdp_qlora.data.tokenizer import Chat, Refused, Template, Text, find_lost, says_something
-from fsdp_qlora.errors import UserError, one_line
+from fsdp_qlora.errors import UserError, one_line, one_line_of
 
 ASSISTANT = "### Assistant:"
 TOOL_COLUMNS = ("tools", "functions")
@@ -145,13 +145,8 @@ def _check_ids(row: dict) -> None:
 
 def _alpaca(row: dict) -> tuple[str, str]:
     """Source: the prompt format of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca)."""
-    context = row.get("input") or ""
-    paired = ", paired with an input that provides further context" if context else ""
-    task = f"Below is an instruction that describes a task{paired}. "
-    task += "Write a response that appropriately completes the request.\n\n"
-    given = f"### Input:\n{context}\n\n" if context else ""
-    prompt = f"{task}### Instruction:\n{row['instruction']}\n\n{given}### Response:\n"
-    return prompt, row["output"]
+    kind = "with_input" if row.get("input") else "without_input"
+    return sources.WORDS["alpaca"][kind].format_map(row), row["output"]
 
 
 def _question(row: dict) -> tuple[str, str]:
@@ -523,10 +518,8 @@ def chat_values(row: dict) -> dict[str, Any]:
 
 def _parse_format(template: str) -> tuple[tuple[str, str | None], ...]:
     got = f"--template {template}"
-    try:
+    with one_line_of(got, "write {column}, and {{ for a brace", kinds=ValueError):
         parts = list(string.Formatter().parse(template.replace("\\n", "\n")))
-    except ValueError as error:
-        raise UserError(got, str(error), "write {column}, and {{ for a brace") from error
     for _, column, spec, conversion in parts:
         if column == "" or spec or conversion or any(sign in (column or "") for sign in "[]"):
             raise UserError(got, "want the name of a column in each pair of braces", "correct it")

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 from fsdp_qlora.config import OWN_CODE, TrainConfig
-from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError, brief
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError, brief, one_line_of
 
 WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 DUMMY = "dummy"
@@ -453,11 +453,9 @@ def _refuse_name(dataset: str) -> NoReturn:
 
 
 def _directory(path: Path) -> list[Source]:
-    try:
+    remedy = "check its permissions"
+    with one_line_of(f"dataset {path}", remedy, ENVIRONMENT, "cannot be listed ({})"):
         names = list(itertools.islice(path.rglob("*"), MOST_NAMES))
-    except OSError as error:
-        reason = f"cannot be listed ({error.strerror})"
-        raise UserError(f"dataset {path}", reason, "check its permissions", ENVIRONMENT) from error
     if len(names) == MOST_NAMES:
         rule, remedy = f"holds {MOST_NAMES:,} names or more", "give the directory of the rows"
         raise UserError(f"dataset {path}", rule, remedy)
@@ -496,12 +494,10 @@ def _hub_source(entry: HubSet, name: str, cfg: TrainConfig) -> Source:
     """The datasets library brings a set into its cache, or finds it there; rows stay on disk."""
     import datasets
 
-    try:
+    rule = f"{entry} cannot be had ({{}})"  # hub, network, cache and Arrow each raise their own
+    remedy = "check the network and HF_HUB_OFFLINE, or give a local file or directory"
+    with one_line_of(f"dataset {name}", remedy, ENVIRONMENT, rule, Exception):
         table = datasets.load_dataset(entry.repo, entry.config, split=entry.split)
-    except Exception as error:  # hub, network, cache and Arrow each raise their own
-        rule = f"{entry} cannot be had ({brief(error)})"
-        remedy = "check the network and HF_HUB_OFFLINE, or give a local file or directory"
-        raise UserError(f"dataset {name}", rule, remedy, ENVIRONMENT) from error
     stop = min(cfg.dataset_samples, len(table)) if entry.is_limited else len(table)
 
     def read() -> PlacedRows:

@@ -21,8 +21,8 @@ import jinja2
 from jinja2 import meta
 
 from fsdp_qlora import arch, atomic
-from fsdp_qlora.data.sources import LONGEST_ROW
-from fsdp_qlora.errors import UserError, brief
+from fsdp_qlora.data.sources import LONGEST_ROW, WORDS
+from fsdp_qlora.errors import UserError, brief, one_line_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 PLAIN_PLACE = "plain chat template"
@@ -30,12 +30,8 @@ CHAT_FILE = "chat_template.jinja"
 GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Types of models for which transformers trusts its own class and not the one that the files name.
 REBUILT_TYPES = ("qwen", "hyperclovax", "siglip")
-# Types of models -> their own class, which is chosen where the files name it, too.
-OWN_CLASSES = {r"qwen(3_5|4).*": "Qwen3_5Tokenizer", "qwen.*": "Qwen2Tokenizer"}
-OWN_CLASSES |= {"gemma.*": "GemmaTokenizer", "cohere2?": "CohereTokenizer"}
+OWN_CLASSES: dict[str, str] = WORDS["own_classes"]
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", CHAT_FILE)
-# For tokenizers without a template: guanaco's form, each answer ended like a text.
-PLAIN_TEMPLATE = Path(__file__).with_name("plain.j2").read_text(encoding="utf-8")[:-1]
 Span = tuple[int, int]
 # Names of what the assistant thought, as transformers knows them.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -399,7 +395,7 @@ class TextTokenizer:
     def chat(self) -> Chat:
         """Return its chat template, or a plain one where it has none."""
         if self.chat_template is None:
-            plain = "{{ bos_token }}" * self.adds_bos + PLAIN_TEMPLATE
+            plain = "{{ bos_token }}" * self.adds_bos + WORDS["plain"]
             return Chat(plain, self.names, PLAIN_PLACE, self.tool_template)
         place = f"chat template of {self.place}"
         return Chat(self.chat_template, self.names, place, self.tool_template)
@@ -459,12 +455,10 @@ def load(path: Path, is_light: bool = False) -> Any:
     import transformers
 
     name = is_light and _known_class(path)
-    try:
+    rule, remedy = "its tokenizer cannot be read ({})", "fetch its tokenizer files again"
+    with one_line_of(path, remedy, rule=rule, kinds=Exception):  # the Rust side raises bare ones
         made = getattr(transformers, name or "AutoTokenizer")
         return made.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust side raises bare Exception
-        rule = f"its tokenizer cannot be read ({brief(error)})"
-        raise UserError(str(path), rule, "fetch its tokenizer files again") from error
 
 
 def _known_class(path: Path) -> str | None:

@@ -25,7 +25,7 @@ from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport, RanksExit
 from fsdp_qlora.distributed.hooks import BOARD, LISTENER, RESTARTS, Heartbeat, Watch
 from fsdp_qlora.distributed.meeting import IDENTITY
-from fsdp_qlora.errors import DONE, ENVIRONMENT, RUN_FAILED, SIGNALED, UserError
+from fsdp_qlora.errors import DONE, ENVIRONMENT, RUN_FAILED, SIGNALED, UserError, one_line_of
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.sizes import adopt_format, check_context
 
@@ -413,7 +413,8 @@ def claim_output_dir(cfg: TrainConfig) -> Path:
     """
     path, is_auto = cfg.resolved_output_dir, cfg.resume == checkpoint_store.AUTO
     is_new = is_auto or cfg.resume is None
-    try:
+    place, rule = f"--output_dir {path}", "cannot be written to ({})"
+    with one_line_of(place, "give another", ENVIRONMENT, rule):
         if (path / checkpoint_store.LOCK).exists():
             checkpoint_store.lock(path)
         if is_new:
@@ -431,9 +432,6 @@ def claim_output_dir(cfg: TrainConfig) -> Path:
         for name in (checkpoint_store.SUMMARY, checkpoint_store.REPORTS[0]):
             (path / name).unlink(missing_ok=True)  # a run that goes on has none
         tempfile.TemporaryFile(dir=path / LOGS).close()
-    except OSError as error:
-        reason = f"cannot be written to ({error.strerror})"
-        raise UserError(f"--output_dir {path}", reason, "give another", ENVIRONMENT) from error
     return path
 
 

@@ -3,6 +3,7 @@
 import atexit
 import dataclasses
 import datetime
+import functools
 import gc
 import os
 import socket
@@ -323,7 +324,7 @@ def join(timeout_s: float = 1800.0) -> World:
     if GLOO_LINK not in os.environ and (link := place.link()):
         os.environ[GLOO_LINK] = link  # gloo asks for the host's name, in Debian 127.0.1.1
     store = dist.PrefixStore(f"group {place.round}", place.store)
-    atexit.register(leave)
+    _leave_at_exit()
     dist.init_process_group(backend, None, limit, size, rank, store, device_id=own_device)
     world = of_process_group()
     assert world is not None
@@ -461,3 +462,6 @@ def leave() -> None:
     with suppress(AttributeError):  # a private name: this cache keeps meshes, and they the group
         debug._clear_sharding_prop_cache()
     gc.collect()
+
+
+_leave_at_exit = functools.cache(functools.partial(atexit.register, leave))  # once a process

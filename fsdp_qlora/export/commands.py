@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, cli, hardware
 from fsdp_qlora.arch.files import KEPT, Stored, read_json
-from fsdp_qlora.arch.info import stored_tensors
 from fsdp_qlora.cli import OptionsT, flag
 from fsdp_qlora.config import TEXT
 from fsdp_qlora.data import tokenizer
@@ -228,7 +227,7 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
         print(f"form      the base is stored in {info.stored.method}, the result in 16 bit")
     with _new_model(out, need_bytes, names, tensors, options) as (draft, written):
         model_files.copy_beside(draft, info, DTYPES[options.dtype], adapter.path, **how)
-        there = stored_tensors(draft, dict(info.config), info.wrapper, stored)
+        there = arch.info.stored_tensors(draft, dict(info.config), info.wrapper, stored)
         result = dataclasses.replace(info, tensors=there[0], quantized=there[2], stored=stored)
         no_more = SavedAdapter(adapter.path, "", {})
         result_base = new_weights.TrainedBase(result, no_more, compute, device)

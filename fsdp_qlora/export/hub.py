@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import arch, atomic, record
-from fsdp_qlora.arch.files import INDEX_NAME, SINGLE_NAME
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, split_name, to_dict
-from fsdp_qlora.errors import ENVIRONMENT, REDACTED, UserError, brief, one_line, redact
+from fsdp_qlora.errors import ENVIRONMENT, REDACTED, UserError, brief, one_line, one_line_of, redact
 from fsdp_qlora.export.adapter import CONFIG_NAME, LAYERS_NAME, OF_TOKENIZER, TABLE, WEIGHTS_NAME
 from fsdp_qlora.planning.sizes import count_trained
 
 CARD_NAME = "README.md"
 FILES = (*TABLE["of_model"], CONFIG_NAME, WEIGHTS_NAME, LAYERS_NAME, *OF_TOKENIZER)
-FILES += (INDEX_NAME, SINGLE_NAME)
+FILES += (arch.files.INDEX_NAME, arch.files.SINGLE_NAME)
 # A card is shown to all: here also what only may be a secret is removed.
 MAYBE_SECRET = r"\b(?:hf|sk|gh[po]|glpat|xox[abp])[-_][\w-]{8,}|\b[0-9a-f]{40}\b"
 MAYBE_SECRET += r"|(?i:\b(?:token|key|secret|api_key|password)=[^\s&'\"]+)"
@@ -108,7 +107,7 @@ def _facts(cfg: TrainConfig, info: arch.ModelInfo, run: record.Run | None) -> di
 
 
 def _results(run: record.Run) -> dict[str, str]:
-    held_out: list[Any] = [loss for _, loss in run.evals if loss is not None]
+    held_out: list[Any] = [e["loss"] for e in run.evals if e["loss"] is not None]
     seconds, num_tokens = sum(run.values("step_s")), sum(run.values("num_tokens"))
     speed = f"{num_tokens / max(seconds, 1e-9):,.0f} tokens/s"
     size = record.highest(run.peaks("device_total_gib")) or 0.0
@@ -148,12 +147,10 @@ def check(name: str | None) -> None:
     from huggingface_hub import get_token
     from huggingface_hub.utils import validate_repo_id
 
-    got = f"--push_to_hub {name}"
-    try:
+    got, rule = f"--push_to_hub {name}", "is no name of a repository"
+    with one_line_of(got, "give OWNER/NAME", rule=rule, kinds=ValueError):
         validate_repo_id(name)
         _owner, _name = name.split("/")
-    except ValueError:
-        raise UserError(got, "is no name of a repository", "give OWNER/NAME") from None
     if get_token() is None:
         remedy = "run hf auth login, or set HF_TOKEN"
         raise UserError(got, "there is no token of the hub", remedy, ENVIRONMENT)

@@ -341,12 +341,9 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, place
     ranks, alphas = ({name: pair[i] for name, pair in scales.items()} for i in range(2))
     config = peft.LoraConfig(
         r=cfg.lora_rank,
-        lora_alpha=cfg.lora_alpha,  # type: ignore[arg-type]  # a scale may be any number
         rank_pattern=ranks | json.loads(cfg.rank_pattern or "{}"),
         alpha_pattern=alphas | json.loads(cfg.alpha_pattern or "{}"),
-        use_rslora=cfg.use_rslora,
         use_dora=slots[0].has_magnitude,
-        lora_dropout=cfg.lora_dropout,
         target_modules=targets,
         target_parameters=params or None,
         exclude_modules=exclude,
@@ -356,6 +353,7 @@ def _save_config(model: QuantizedModel, info: ModelInfo, cfg: TrainConfig, place
         task_type="CAUSAL_LM",
         inference_mode=True,
         modules_to_save=sorted(saved) or None,
+        **{name: getattr(cfg, name) for name in ("lora_alpha", "lora_dropout", "use_rslora")},
     )
     # Not by save_pretrained: peft makes a set of the linears, and a set has no order.
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}

@@ -29,14 +29,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from fsdp_qlora import cli, config, hardware
+from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, MXFP4, QUANTIZED_ITEM_BYTES, TensorRef, read_tensors
-from fsdp_qlora.arch.info import inner_name
-from fsdp_qlora.arch.targets import TURNED, expert_matrices
 from fsdp_qlora.data import prepare, tokenizer
 from fsdp_qlora.errors import INTEGRITY, UserError
-from fsdp_qlora.export.adapter import Pair, SavedAdapter, run_config
+from fsdp_qlora.export.adapter import TABLE, Pair, SavedAdapter, run_config
 from fsdp_qlora.model import experts, quantize
 from fsdp_qlora.model.skeleton import on_meta, stored_names, transformers_config
 from fsdp_qlora.model.weights import DTYPES, QuantizedCache, Weights, find_cache, read_file
@@ -129,7 +127,7 @@ class TrainedBase:
 
     def read(self, name: str) -> torch.Tensor:
         """Read a parameter by its name of stored_names: experts lie one by one in the files."""
-        parts = expert_matrices(self.info, name) or [[name]]
+        parts = arch.targets.expert_matrices(self.info, name) or [[name]]
         names = [part for matrix in parts for part in matrix]
         read = self.read_ahead(names)
         if len(names) == 1:
@@ -271,7 +269,8 @@ def _outer_names(info: ModelInfo) -> dict[str, str]:
     """Of a wrapper, name in its text half -> in the files."""
     if not info.wrapper or info.path is None:
         return {}
-    return {inner_name(name): name for name in read_tensors(info.path, QUANTIZED_ITEM_BYTES)}
+    stored = read_tensors(info.path, QUANTIZED_ITEM_BYTES)
+    return {arch.info.inner_name(name): name for name in stored}
 
 
 def quantized(info: ModelInfo, settings: Any, dtype: str | None, device: torch.device) -> Tensors:
@@ -471,8 +470,8 @@ def logits(base: TrainedBase, ids: list[list[int]], tell: Callable[[], Any] = bo
             own["weight"] = stored[f"{embedded}.weight"]
         if own:
             reader = next((n for n in has_conv if name.startswith(f"{n}.")), name)
-            if module is embedding and base.info.model_type == TURNED:  # it is asked before it runs
-                reader = ""
+            if module is embedding and base.info.model_type == arch.targets.TURNED:
+                reader = ""  # it is asked before it runs
             holder = model.get_submodule(reader)
             holder.register_forward_pre_hook(partial(_bring, own, base, module))
             holder.register_forward_hook(partial(_drop, module))
@@ -554,13 +553,8 @@ def lines(facts: dict[str, Any], both: str = "merged against base + adapter") ->
     if "skipped" in facts:
         return f"check     skipped: {facts['skipped']}"
     base = f"; base {facts['base_of_adapter']}" if "base_of_adapter" in facts else ""
-    text = f"check     {facts['num_tokens']} tokens, {facts['rows']}{base}\n          {both}: "
-    text += f"logits differ by at most {facts['max_difference']:.3g}, KL {facts['kl_nats']:.2g} "
-    text += f"nats a token, the same likeliest token in {facts['top1_agreement']:.2%}"
-    if "loss_trained" in facts:
-        both = f"{facts['loss_trained']:.4f} -> {facts['loss_merged']:.4f}"
-        text += f"\n          loss on these rows {both}"
-    return text
+    text = TABLE["check"] + TABLE["check_loss"] * ("loss_trained" in facts)
+    return text.format_map(facts | {"base": base, "both": both})
 
 
 def choose_rows(base: TrainedBase, shape: tuple[int, int], dataset: str | None) -> Rows:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fsdp_qlora import arch, atomic, cli, hardware
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, split_name
 from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
-from fsdp_qlora.export.adapter import CONFIG_NAME, EACH, WEIGHTS_NAME, SavedAdapter, read, read_json
+from fsdp_qlora.export.adapter import CONFIG_NAME, EACH, TABLE, WEIGHTS_NAME, SavedAdapter, read
 
 if TYPE_CHECKING:
     from fsdp_qlora.data.tokenizer import TextTokenizer
@@ -28,20 +28,9 @@ if TYPE_CHECKING:
 CONVERTED = ("f16", "bf16", "f32", "q8_0")  # by the converter itself; the others by llama-quantize
 OUTTYPES = ("q4_k_m", "q5_k_m", "q6_k", "q4_0", "q3_k_m", *CONVERTED)
 CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
-QUANTIZER = "llama-quantize"
+QUANTIZER, GO = "llama-quantize", TABLE["go"]
 CLONE = "git clone https://github.com/ggml-org/llama.cpp, then --llama_cpp llama.cpp"
 BUILD = "cmake -B build && cmake --build build --target llama-quantize, in llama.cpp"
-# Go's words around {a}, what stands before a first question; {c} and {d}, around the system prompt;
-# {m} and {b}, behind a question and the last one; {n}, behind an answer.
-GO = """{{- range $i, $_ := .Messages }}
-{{- $last := eq (len (slice $.Messages $i)) 1 }}
-{{- if eq .Role "system" }}SYSTEM
-{{- else if eq .Role "user" }}
-{{- if eq $i 0 }}FIRST{{ else if and $.System (eq $i 1) }}AFTER{{ end }}{{ .Content }}
-{{- if $last }}ASK{{ else }}ASKED{{ end }}
-{{- else if eq .Role "assistant" }}{{ .Content }}{{ if not $last }}ANSWERED{{ end }}
-{{- end }}
-{{- end }}"""
 # Source: MaxLoRARanks in vllm/config/lora.py and _validate_features in vllm/lora/peft_helper.py.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -152,7 +141,8 @@ def write_lora(adapter: SavedAdapter, base: Path, out: Path, outtype: str, scrip
     """
     from safetensors.torch import load_file, save_file
 
-    config, tensors = read_json(adapter.path / CONFIG_NAME), load_file(adapter.path / WEIGHTS_NAME)
+    config = arch.files.read_json(adapter.path / CONFIG_NAME)
+    tensors = load_file(adapter.path / WEIGHTS_NAME)
     draft, alpha = out / "lora", float(config["lora_alpha"]) or 1.0
     draft.mkdir()
     for name, pair in adapter.pairs.items():

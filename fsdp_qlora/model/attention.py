@@ -150,10 +150,14 @@ class Cut(NamedTuple):
         return cls(tuple(made))
 
     @classmethod
-    def whole(cls, num_queries: int, num_keys: int, device: torch.device) -> "Cut":
-        """The last tokens of one row, over all of it."""
-        ends = torch.tensor([[0, num_queries], [0, num_keys]], dtype=torch.int32, device=device)
-        return cls((Piece(slice(num_keys), (*ends, num_queries, num_keys)),))
+    def whole(cls, query: torch.Tensor, key: torch.Tensor, bounds, longest: int) -> "Cut":
+        """All rows, by their bounds; or the last tokens of each, [B, N, T, D], over all of it."""
+        lengths = bounds, bounds, longest, longest
+        if bounds is None:
+            ends = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+            nums = query.shape[2], key.shape[2]
+            lengths = ends * nums[0], ends * nums[1], *nums
+        return cls((Piece(slice(len(key) * key.shape[2]), lengths),))
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
         """The tokens of all ranks in their order, [T, ...], of this rank's, [T / ranks, ...]."""
@@ -180,7 +184,8 @@ class Cut(NamedTuple):
 
 aten = torch.ops.aten
 PLAIN = "fsdp_qlora_causal"  # names by which transformers finds `attend`, without masks
-MASKED = "fsdp_qlora_masked"  # and with masks, for sliding windows
+MASKED = "fsdp_qlora_masked"  # and with masks
+TRIAL = "fsdp_qlora_trial"  # and to find out whether masks are needed
 WINDOWS = ("sliding_window", "attention_chunk_size")  # keys of a config
 HEAD_SIZES = range(8, 257, 8)
 # Keywords of which `attend` knows what they ask for; masks hold what the rest of them says.
@@ -203,16 +208,52 @@ def register(config, has_row_kernel: bool) -> str:
     Returns:
         The name to build it with.
     """
-    for name in (PLAIN, MASKED):
-        AttentionInterface.register(name, attend)
+    AttentionInterface.register(PLAIN, attend)
+    AttentionInterface.register(MASKED, partial(attend, has_masks=True))
+    AttentionInterface.register(TRIAL, _look)
     AttentionMaskInterface.register(MASKED, sdpa_mask)
+    AttentionMaskInterface.register(TRIAL, _mark)
     kinds = set(getattr(config, "layer_types", None) or ())
     has_window = any(getattr(config, name, None) for name in WINDOWS) and not kinds
     needs_masks = not has_row_kernel or has_window or kinds - {"full_attention"}
     return MASKED if needs_masks else PLAIN
 
 
-def attend(module, query, key, value, attention_mask, **kwargs):
+class KnownAttention(Exception):
+    """A layer's attention computes what the kernel for rows does."""
+
+
+def _mark(mask_function: Callable, **_: Any) -> torch.Tensor:
+    """In the place of a mask: what it is made by."""
+    mark = torch.empty(1, 1, 1, 1, device="meta")
+    mark.sees = mask_function  # type: ignore[attr-defined]
+    return mark
+
+
+def _look(module, query, key, value, attention_mask, **kwargs):
+    """Compare the window that a module asks for with its mask's.
+
+    Raises:
+        KnownAttention: they are the same, and it asks for no more than the kernel computes.
+        ValueError: they are not, or it does.
+    """
+    window = kwargs.get("sliding_window") or 2**40
+    ends = torch.tensor([1, 300, 2**30, min(window, 2**30)])  # further than any chunk is long
+    at = torch.cat([ends - 1, ends, ends + 1, 2 * ends])
+    ago, zero = at[:, None] - at, torch.zeros((), dtype=torch.long)
+    is_same = attention_mask.sees(zero, zero, at[:, None], at) == ((ago >= 0) & (ago < window))
+    width = query.shape[-1]
+    is_odd = width not in HEAD_SIZES or width < value.shape[-1] or kwargs.get("dropout")
+    if is_odd or _unknown(kwargs) or not is_same.all():
+        raise ValueError("masks are needed")
+    raise KnownAttention
+
+
+def _unknown(kwargs: dict) -> list[str]:
+    return [key for key in kwargs if key not in KEYWORDS and kwargs[key] is not None]
+
+
+def attend(module, query, key, value, attention_mask, has_masks=False, **kwargs):
     """Attention as transformers calls it: its own SDPA, unless the layer keeps the result.
 
     Args:
@@ -220,6 +261,7 @@ def attend(module, query, key, value, attention_mask, **kwargs):
         query: [B, N, T, D].
         key, value: [B, N or fewer, T, D].
         attention_mask: None = causal.
+        has_masks: masks say what rows and windows a token sees, and the keywords nothing.
         kwargs: as transformers has them (dropout, scaling, is_causal, ...).
 
     Returns:
@@ -228,31 +270,30 @@ def attend(module, query, key, value, attention_mask, **kwargs):
     Raises:
         UserError: a keyword asks for what is not computed here (code 2).
     """
-    unknown = [key for key in kwargs if key not in KEYWORDS and kwargs[key] is not None]
-    bounds, has_sinks = kwargs.get("cu_seq_lens_q"), kwargs.get("s_aux") is not None
-    if has_sinks and kwargs.get("cut") is None:
-        if query.shape[0] == 1 and bounds is None:
-            kwargs["cut"] = Cut.whole(query.shape[2], key.shape[2], query.device)
-        else:
-            unknown.append("s_aux")
+    unknown, bounds = _unknown(kwargs), kwargs.get("cu_seq_lens_q")
+    window, sinks = kwargs.get("sliding_window"), kwargs.get("s_aux")
+    longest = kwargs.get("max_length_k") or key.shape[2]
+    is_joint = kwargs.get("branches") is not None or kwargs.get("cut") is not None
+    has_all = attention_mask is None and not has_masks  # the keywords say what a token sees
+    if not is_joint and not (has_all and (window or longest) < longest):
+        window = None
+    has_more = window or sinks is not None
+    if sinks is not None and (sinks.requires_grad or not (has_all or is_joint)):
+        unknown.append("s_aux")
     if unknown:
         rule = f"{type(module).__name__} wants {unknown[0]}, which it does not compute"
         raise UserError("--attn sdpa", rule, "use --attn eager")
     saved = getattr(module, "saved", None)
-    if kwargs.get("branches") is not None or kwargs.get("cut") is not None:
+    if is_joint or (has_all and (has_more or bounds is not None)):
+        if has_more and not is_joint:
+            kwargs["cut"] = Cut.whole(query, key, bounds, longest)
         if query.device.type == "cpu":
-            key, value = (
-                t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value)
-            )
-        kwargs["window"] = _window(module, query, value, kwargs)
-        width = value.shape[-1]
-        if width == query.shape[-1]:
-            return _attend_rows(query, key, value, kwargs, bounds, saved), None
-        # Of latent attention (DeepSeek): kernels want both alike.
-        value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
+            num_groups = query.shape[1] // key.shape[1]
+            key, value = (t.repeat_interleave(num_groups, 1) for t in (key, value))
+        width, kwargs["window"] = value.shape[-1], window
+        if width < query.shape[-1]:  # of latent attention (DeepSeek): kernels want both alike
+            value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
         return _attend_rows(query, key, value, kwargs, bounds, saved)[..., :width], None
-    if bounds is not None and attention_mask is None and query.device.type == "cuda":
-        return _attend_rows(query, key, value, kwargs, bounds, saved), None
     is_plain = attention_mask is None and not kwargs.get("dropout")
     is_plain = is_plain and query.shape[2] == key.shape[2] and query.shape[2] > 1
     scale = kwargs.get("scaling")
@@ -268,41 +309,22 @@ def attend(module, query, key, value, attention_mask, **kwargs):
 
 
 def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor:
-    """Attention inside each row of the one sequence, [1, T, N, D]."""
-    rest = {"bounds": bounds, "longest": kwargs.get("max_length_q")}
-    kernel = partial(_rows, **rest), partial(_rows_backward, **rest)
+    """Attention inside each row, [B, T, N, D]."""
+    rest: dict[str, Any] = {"bounds": bounds, "longest": kwargs.get("max_length_q")}
     if kwargs.get("cut") is not None:
         rest = {name: kwargs[name] for name in ("cut", "window")}
         forward = partial(_gathered, **rest, sinks=kwargs.get("s_aux"))
         kernel = forward, partial(_gathered_backward, **rest)
     elif kwargs.get("branches") is not None:
-        if kwargs["window"]:
+        if kwargs["window"] or kwargs.get("s_aux") is not None:
             raise ValueError("a window may end inside a prompt that other rows go on from")
         rest["branches"] = kwargs["branches"]
         kernel = partial(_joined, **rest), partial(_joined_backward, **rest)
-    query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    return _run(query, key, value, kwargs.get("scaling"), kernel, saved).unsqueeze(0)
-
-
-def _window(module, query, value, kwargs: dict) -> int | None:
-    """How many tokens up to itself a token sees; None: all in its row.
-
-    Raises:
-        UserError: that is not known, or no kernel for rows does it (code 2).
-    """
-    window = kwargs.get("sliding_window") or None
-    if kwargs.get("cut") is None:
-        return window
-    config, kinds = module.config, getattr(module.config, "layer_types", None)
-    is_short = any(getattr(config, name, None) for name in WINDOWS)
-    if kinds:
-        is_short = kinds[module.layer_idx] != "full_attention"
-    is_odd = query.shape[-1] < value.shape[-1] or query.shape[-1] not in HEAD_SIZES
-    is_odd |= getattr(kwargs.get("s_aux"), "requires_grad", False)
-    if is_odd or is_short != (window is not None) or kwargs.get("dropout"):
-        rule = f"{type(module).__name__} attends in a way that is not known for cut rows"
-        raise UserError("--context_parallel", rule, "use --context_parallel 1")
-    return window
+    else:
+        kernel = partial(_rows, **rest), partial(_rows_backward, **rest)
+    num, scale = len(query), kwargs.get("scaling")
+    query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    return _run(query, key, value, scale, kernel, saved).unflatten(0, (num, -1))
 
 
 def _run(query, key, value, scale, kernel, saved) -> torch.Tensor:
@@ -333,35 +355,31 @@ def _flash_backward(
     )
 
 
-def _cudnn(query, key, value, scale) -> tuple[torch.Tensor, ...]:
+def _cudnn(query, key, value, scale, is_causal=True) -> tuple[torch.Tensor, ...]:
     out = aten._scaled_dot_product_cudnn_attention(
-        query, key, value, None, True, 0.0, True, scale=scale
+        query, key, value, None, True, 0.0, is_causal, scale=scale
     )
     return out[0], out[1], out[6], out[7]
 
 
 def _cudnn_backward(
-    grad_out, query, key, value, out, log_sum, *state, scale
+    grad_out, query, key, value, out, log_sum, *state, scale, is_causal=True
 ) -> tuple[torch.Tensor, ...]:
-    lengths = None, None, query.shape[2], key.shape[2]
+    rest = (*state, None, None, None, query.shape[2], key.shape[2], 0.0, is_causal)
     return aten._scaled_dot_product_cudnn_attention_backward(
-        grad_out, query, key, value, out, log_sum, *state, None, *lengths, 0.0, True, scale=scale
+        grad_out, query, key, value, out, log_sum, *rest, scale=scale
     )
 
 
 def _rows(query, key, value, scale, bounds, longest) -> tuple[torch.Tensor, ...]:
-    lengths = bounds, bounds, longest, longest
-    out = aten._flash_attention_forward(query, key, value, *lengths, 0.0, True, False, scale=scale)
-    return out[:4]
+    return _varlen(query, key, value, (bounds, bounds, longest, longest), True, scale)
 
 
 def _rows_backward(
     grad_out, query, key, value, out, log_sum, *state, scale, bounds, longest
 ) -> tuple[torch.Tensor, ...]:
-    lengths = bounds, bounds, longest, longest
-    return aten._flash_attention_backward(
-        grad_out, query, key, value, out, log_sum, *lengths, 0.0, True, *state, scale=scale
-    )
+    rest = (bounds, bounds, longest, longest), True, scale, state
+    return _varlen_backward(grad_out, query, key, value, out, log_sum, *rest)
 
 
 def _joined(query, key, value, scale, bounds, longest, branches) -> tuple[torch.Tensor, ...]:
@@ -374,12 +392,19 @@ def _joined(query, key, value, scale, bounds, longest, branches) -> tuple[torch.
     part, cross = slice(to.num_prompt, to.num_prompt + to.num_answer), _cross(to)
     prompts = key[: to.num_prompt], value[: to.num_prompt]
     over, over_sum, *more = _varlen(query[part], *prompts, cross, False, scale)
-    whole = torch.logaddexp(log_sum[:, part], over_sum)
-    shares = ((s - whole).exp().t().unsqueeze(2) for s in (log_sum[:, part], over_sum))
-    mine, theirs = (o.float() * share for o, share in zip((out[part], over), shares, strict=True))
+    joined = _join((out[part], log_sum[:, part]), (over, over_sum))
     out, log_sum = out.clone(), log_sum.clone()
-    out[part], log_sum[:, part] = (mine + theirs).to(out.dtype), whole
+    out[part], log_sum[:, part] = joined
     return out, log_sum, *state, *more
+
+
+def _join(*parts: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one and the same queries over two parts of the keys: out and log sum of all."""
+    outs, sums = zip(*parts, strict=True)
+    whole = torch.logaddexp(*sums)
+    shares = ((log_sum - whole).exp().t().unsqueeze(2) for log_sum in sums)
+    mine, theirs = (out.float() * share for out, share in zip(outs, shares, strict=True))
+    return (mine + theirs).to(outs[0].dtype), whole
 
 
 def _joined_backward(
@@ -408,7 +433,9 @@ def _gathered(query, key, value, scale, cut, window, sinks=None) -> tuple[torch.
     key, value = cut.gather(key), cut.gather(value)
     pairs = zip(query.chunk(len(cut.pieces)), cut.pieces, strict=True)
     made = [
-        _varlen(part, key[to.keys], value[to.keys], to.lengths, True, scale, window)
+        _ends(part, key[to.keys], value[to.keys], scale)
+        if _is_for_cudnn(part, to, window)
+        else _varlen(part, key[to.keys], value[to.keys], to.lengths, True, scale, window)
         for part, to in pairs
     ]
     states = [state for _, _, *own in made for state in own]
@@ -431,12 +458,61 @@ def _gathered_backward(
     columns = [t.chunk(parts) for t in (grad_out, query, out)] + [log_sum.chunk(parts, 1)]
     grads = []
     for i, (grad, q, o, total, to) in enumerate(zip(*columns, cut.pieces, strict=True)):
-        rest = (q, key[to.keys], value[to.keys], o, total.contiguous(), to.lengths, True, scale)
-        grad, *more = _varlen_backward(grad, *rest, states[i * num : (i + 1) * num], window)
+        rest = (q, key[to.keys], value[to.keys], o, total.contiguous())
+        state = states[i * num : (i + 1) * num]
+        if _is_for_cudnn(q, to, window):
+            grad, *more = _ends_backward(grad, *rest, scale, state)
+        else:
+            grad, *more = _varlen_backward(grad, *rest, to.lengths, True, scale, state, window)
         grads.append(grad)
         for whole, part in zip(sums, more, strict=True):
             whole[to.keys] += part
     return torch.cat(grads), *(cut.reduce(whole).to(dtype) for whole in sums)
+
+
+def _is_for_cudnn(query, to: Piece, window) -> bool:
+    """Whether cuDNN serves a chunk of one row without a window, as it would serve the whole row."""
+    if window or len(to.lengths[0]) > 2 or not query.is_cuda:
+        return False
+    (own,) = _heads(query)
+    return _kernel(own, own, own, None) is KERNELS[SDPBackend.CUDNN_ATTENTION]
+
+
+def _heads(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """[1, N, T, D] of [T, N, D], and back."""
+    yield from (t.transpose(0, 1)[None] if t.dim() == 3 else t[0].transpose(0, 1) for t in tensors)
+
+
+def _ends(query, key, value, scale) -> tuple[torch.Tensor, ...]:
+    """Queries at the end of the keys by cuDNN, which lets the beginnings meet: as `_varlen`.
+
+    They look at themselves, and at all that is before them.
+    """
+    num, found = len(query), []
+    for part, is_causal in ((slice(-num, None), True), (slice(len(key) - num), False)):
+        if part.stop != 0:
+            q, k, v = _heads(query, key[part], value[part])
+            made, log_sum, *state = _cudnn(q, k, v, scale, is_causal)
+            (out,) = _heads(made)
+            found.append((out, log_sum.reshape(-1, num)))
+    return *(_join(*found) if len(found) > 1 else found[0]), *state
+
+
+def _ends_backward(grad_out, query, key, value, out, log_sum, scale, state) -> tuple:
+    """Each part's own backward, with the output and the log sum of both."""
+    num, log_sum = len(query), log_sum[None, ..., None]
+    grad_query, *grads = torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)
+    for part, is_causal in ((slice(-num, None), True), (slice(len(key) - num), False)):
+        if part.stop != 0:
+            grad, *tensors = _heads(grad_out, query, key[part], value[part], out)
+            found = _cudnn_backward(
+                grad, *tensors, log_sum, *state, scale=scale, is_causal=is_causal
+            )
+            more, *others = _heads(*found)
+            grad_query += more
+            for whole, other in zip(grads, others, strict=True):
+                whole[part] = other
+    return grad_query, *grads
 
 
 def joins_exactly(device: torch.device, dtype: torch.dtype) -> bool:

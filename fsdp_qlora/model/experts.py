@@ -413,7 +413,7 @@ def _base_of(layer: nn.Module, found: dict[str, nn.Module]) -> type[QuantizedExp
 
 
 def take_load(mixtures: Sequence[QuantizedExperts]) -> dict[str, Tensor]:
-    """How evenly the rows went to the experts of this rank since the last time.
+    """How evenly the rows went to the experts since the last time.
 
     Args:
         mixtures: of the layers; their counts begin anew.

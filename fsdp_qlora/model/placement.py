@@ -28,15 +28,8 @@ from fsdp_qlora.hardware import GIB, host_limit_gib, host_used_gib, pss_gib
 from fsdp_qlora.model import disk
 from fsdp_qlora.planning import fit, rows
 from fsdp_qlora.planning import memory as plans
-from fsdp_qlora.planning.sizes import (
-    NUM_RING_SLOTS,
-    NUM_SLOTS,
-    STREAMED,
-    Setting,
-    Sizes,
-    setting_of,
-    trained_whole,
-)
+from fsdp_qlora.planning import sizes as planned
+from fsdp_qlora.planning.sizes import NUM_RING_SLOTS, NUM_SLOTS, STREAMED, Setting, setting_of
 
 # Where a layer's bytes lie -> what that means, for the user.
 PLACEMENTS = {
@@ -404,7 +397,7 @@ def choose(
     Raises:
         UserError: streaming was asked for and cannot be, or the disk has no room (code 3).
     """
-    whole = trained_whole(info, cfg).layers
+    whole = planned.trained_whole(info, cfg).layers
     setting = setting_of(cfg, info.num_layers, world.size, whole)
     if not setting.count(*STREAMED):
         names = setting.placements
@@ -449,7 +442,7 @@ def _num_in_memory(
     pairs = zip(setting.placements, sizes, strict=True)
     nbytes = sum(size for name, size in pairs if name in STREAMED)
     own = dataclasses.replace(setting.tiered(0), machines=world.size // world.local_size)
-    table = plans.host(Sizes(info, cfg, world.device.type), own)
+    table = plans.host(planned.Sizes(info, cfg, world.device.type), own)
     ranks_gib = table.peak_gib - sum(table.gib("load", row) for row in (rows.SYSTEM, rows.FILES))
     by_rank = world.gather([host_limit_gib(), host_used_gib(), pss_gib()])
     limit_gib, used_gib, _ = by_rank[world.peers[0]]

@@ -12,12 +12,11 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,9 +27,7 @@ from fsdp_qlora.arch import ModelInfo, TensorRef, files
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.model.quantize import FORMATS, Fields, Layout, from_scaled, from_stored
-from fsdp_qlora.planning.sizes import NUM_READ_AHEAD
 
-T = TypeVar("T")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PART_DTYPES = DTYPES | {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32}
 PART_DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
@@ -101,7 +98,7 @@ class Weights:
         Raises:
             UserError: no known dtype, a NaN, or the file ends too early (code 5).
         """
-        found = zip(names, look_ahead(self._read_parts, names), strict=True)
+        found = zip(names, files.look_ahead(self._read_parts, names), strict=True)
         return (self._weight(name, parts, device) for name, parts in found)
 
     def read_quantized(
@@ -122,7 +119,7 @@ class Weights:
                 (code 5).
         """
         quantize = FORMATS[format_name].quantize
-        for name, found in zip(names, look_ahead(self._read_parts, names), strict=True):
+        for name, found in zip(names, files.look_ahead(self._read_parts, names), strict=True):
             stored = self.info.quantized.get(name)
             if stored is None or not stored.format:
                 yield quantize(self._weight(name, found, device))
@@ -242,22 +239,6 @@ class RandomWeights(Weights):
         return torch.Generator(device).manual_seed(seed)
 
 
-def look_ahead(read: Callable[[Any], T], items: Sequence[Any]) -> Iterator[T]:
-    """Yield read(item) in order while the next NUM_READ_AHEAD items are being read in threads.
-
-    Args:
-        read: function of one item.
-        items: all of them.
-    """
-    with ThreadPoolExecutor(NUM_READ_AHEAD) as pool:
-        ahead = deque(pool.submit(read, item) for item in items[:NUM_READ_AHEAD])
-        for position in range(len(items)):
-            result = ahead.popleft().result()
-            if position + NUM_READ_AHEAD < len(items):
-                ahead.append(pool.submit(read, items[position + NUM_READ_AHEAD]))
-            yield result
-
-
 def build(info: ModelInfo, cfg: config.TrainConfig) -> Weights:
     """Build the source that `--weights` names.
 
@@ -350,7 +331,7 @@ class QuantizedCache:
         Yields:
             uint8 [bytes] on the host; None for a layer whose file is damaged.
         """
-        return look_ahead(self._read_layer, layers)
+        return files.look_ahead(self._read_layer, layers)
 
     def _read_layer(self, layer: int) -> torch.Tensor | None:
         assert self.directory is not None, "a cache that is off was read"
@@ -518,22 +499,18 @@ def find_cache(
 
 
 def open_cache(
-    setting: str,
-    info: ModelInfo,
-    layouts: Sequence[Layout],
-    world: World,
-    is_verified: bool = False,
+    setting: str, info: ModelInfo, layouts: Sequence[Layout], world: World, is_full: bool = False
 ) -> QuantizedCache:
     """Find the cache entry of a model, or the place to write it; a rank decides for its machine.
 
     Args:
         setting, info, layouts: see `find_cache`.
         world: the ranks; all must call.
-        is_verified: the layers must be made of these very bytes, all of which are hashed.
+        is_full: the layers must be made of these very bytes, all of which are hashed.
     """
     cache = QuantizedCache(None, "off")
     if world.local_rank == 0:
-        base_bytes = info.whole_digest if is_verified and setting != "off" else None
+        base_bytes = info.whole_digest if is_full and setting != "off" else None
         cache = find_cache(setting, info, layouts, base_bytes)
         if cache.directory is not None and not cache.is_complete:
             _claim(cache, cache.directory, sum(cache.sizes) / hardware.GIB)

@@ -40,7 +40,9 @@ GATHER_SHARE = 0.55  # of the links, by FSDP's gathers: 70B, 2 x 512, no peer ac
 STREAM_SHARE = 0.95  # of the host link, by weight streaming: 70B, 2 x 512: 1.36 s a step
 NETWORK_SHARE = 0.8  # of the link between machines; an assumption, not measured
 ELEMENTWISE_SHARE = 0.75  # of memory bandwidth
+ATTENTION_SHARE = 0.85  # of the matmuls' rate: 8B, rows of 65,536 and 131,072: 13.8 and 46.5 s
 GRAPHS_SHARE = 0.2  # of the launches, where CUDA graphs do them: 7B, 1 x 512: 72 ms
+QUANTIZING = 1.25  # as many launches in 8 bit: 7B, 4 x 2048: 0.46 s
 LAUNCH_S = 0.004  # a layer and pass: 7B, 1 x 512: 0.41 s for 96 of them
 
 
@@ -97,9 +99,9 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     """Seconds of forward and backward of a visit of all layers, by what they are spent on."""
     tokens = s.tokens(setting) * setting.per_visit
     matmuls = 2.0 * s.active * s.layers * tokens
-    if s.tokens(setting) >= MIN_TOKENS_8_BIT:
-        matmuls /= gpu.gain(s.cfg.matmul) or 1.0
-    attention = 2.0 * s.layers * s.attention * s.cfg.context_length * tokens
+    gain = gpu.gain(s.cfg.matmul) if s.tokens(setting) >= MIN_TOKENS_8_BIT else 0.0
+    matmuls /= gain or 1.0
+    attention = 2.0 * s.layers * s.attention * s.cfg.context_length * tokens / ATTENTION_SHARE
     head = 2.0 * s.head * tokens
     lora = 2.0 * s.lora_passed * s.layers * tokens
     weight_grads = 2.0 * (s.num_trained(setting) - s.lora * s.layers) * tokens  # of whole weights
@@ -116,15 +118,19 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     others_s = tokens * (s.cfg.context_parallel - 1) * memory.keys_values(s) * s.layers * peer_s
     forward_s += others_s * s.item
     backward_s += others_s * (s.item * (1 + num_full / s.layers) + 4)
-    # What selective layers recompute is elementwise: norms, rotary embedding, activation.
+    # Norms, rotary embedding, activation, LoRA's additions: what selective layers recompute.
     features = 6 * s.hidden + s.gates + s.product
-    elementwise = tokens * features * s.item * (num_full + num_selective)
-    backward_s += elementwise / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
-    touched = (s.format.weight_bits / 8 + s.item) * s.weights * (s.format.scratch_bytes > 0)
+    elementwise_s = tokens * features * s.item / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
+    forward_s += 2 * s.layers * elementwise_s
+    backward_s += (3 * s.layers + num_full + num_selective) * elementwise_s
+    is_8_bit = gain not in (0, 1)
+    made = 1 if is_8_bit else s.item
+    touched = (s.format.weight_bits / 8 + made) * s.weights * (s.format.scratch_bytes > 0)
     num_unpacked = 1 if s.is_kept_whole else setting.per_visit
     unpack_s = touched * s.layers * num_unpacked / (UNPACK_SHARE * gpu.memory_gbs * 1e9)
     launch_s = LAUNCH_S * s.layers * setting.per_visit * (gpu.memory_gib > 0)
     launch_s *= GRAPHS_SHARE if memory.uses_graphs(s, setting) else 1.0
+    launch_s *= QUANTIZING if is_8_bit else 1.0
     inputs = memory.num_offloaded(s, setting) * s.tokens(setting) * s.hidden * s.item
     inputs_s, disk_s = inputs / gpu.host_link_gbs / 1e9, 0.0
     if setting.hosts_inputs == DISK:

@@ -11,7 +11,7 @@ import functools
 from itertools import pairwise
 from typing import Any
 
-from fsdp_qlora.arch.files import GROUP
+from fsdp_qlora.arch.files import GROUP, NUM_READ_AHEAD
 from fsdp_qlora.config import DISK, OPTIMIZERS, TrainConfig
 from fsdp_qlora.hardware import GIB, has_gpu_build
 from fsdp_qlora.planning import rows, sizes
@@ -310,7 +310,7 @@ def host(s: Sizes, setting: Setting, system_gib: float | None = None) -> Table:
     for phase in rows.PHASES[1:] if is_early else ("save",):
         phases[phase][rows.PROCESSES] = always[rows.PROCESSES] + copies
     if cfg.weights == "load":
-        read = {"linears": 1 + sizes.NUM_READ_AHEAD, "weights": s.largest, "bytes": 2}
+        read = {"linears": 1 + NUM_READ_AHEAD, "weights": s.largest, "bytes": 2}
         phases["load"][rows.LOADING] = [term("linears read ahead", **read, ranks=ranks)]
     if cfg.save_model:
         text = term("text of the tokenizer", **tokens, bytes=TOKENIZER_TEXT_BYTES)

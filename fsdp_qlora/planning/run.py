@@ -17,7 +17,7 @@ from typing import Any
 from fsdp_qlora import arch, cli, config, hardware
 from fsdp_qlora.arch import ModelInfo, targets
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, cfg_notes, to_dict
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, join
+from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, refuse
 from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import fit, memory, rows, sizes
 from fsdp_qlora.planning.fit import Outcome, Speed
@@ -32,6 +32,7 @@ WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="ut
 IMAGINED = "2x24"
 Values = dict[str, Any]  # as JSON has them
 ALIASES = {"cards": cli.Alias("gpus", lambda text: text.replace(",", "+"))}  # a machine of both
+ALIASES |= {"gpu": cli.Alias("gpus")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -372,8 +373,7 @@ def parse(argv: Sequence[str]) -> Asked:
     if options.explain and len(machines) > 1:
         rule = "explains the plan of one machine"
         faults.append(UserError(f"--explain with --gpus {options.gpus}", rule, "name one of them"))
-    if faults:
-        raise join(faults)
+    refuse(faults)
     return options, cfg, config.given(rest), machines
 
 
@@ -418,7 +418,7 @@ def main(argv: list[str]) -> int:
     """
     options, cfg, given, machines = parse(argv)
     info = arch.read(cfg.model_name, need_weights=False)
-    cfg = adopt_format(cfg, info.stored_format)
+    cfg = adopt_format(cfg, info.stored_format, given)
     if len(machines) > 1:
         table = {name: survey(info, cfg, given, at) for name, at in machines.items()}
         print(json.dumps(table, indent=1) if options.json else "\n".join(_survey_lines(table)))
@@ -597,21 +597,15 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     elif found.fits:
         lines.append(("best", "nothing faster fits: room for longer rows or a larger batch_size"))
     elif not values["to_fit"]:
-        words = "no two changes are enough: take other GPUs, more memory or a smaller model; "
-        words += f"nearest: {nearest['card_gib']:.1f} GiB a GPU, {nearest['host_gib']:.1f} on the "
-        words += f"host by {_words(nearest['flags']) or 'what was asked for'}"
-        lines.append(("to fit", words))
+        shown = nearest | {"by": _words(nearest["flags"]) or "what was asked for"}
+        lines.append(("to fit", WORDS["nearest"].format_map(shown)))
     notes = []
     for gpu in dict.fromkeys(plan.machine.gpus):
-        if plan.cfg.compute_dtype == "bfloat16" and not gpu.has_bf16:
-            words = "has no bfloat16 matmuls: several times slower than in float16"
-            notes.append(f"a {gpu.name} {words}")
         way, gain = plan.cfg.matmul, gpu.gain(plan.cfg.matmul)
-        if not gain:
-            notes.append(f"a {gpu.name} gains nothing by --matmul {way}, which is refused there")
-        elif way == "int8":
-            words = "as fast in frozen matmuls: predicted, not measured"
-            notes.append(f"--matmul int8: {gain}x {words} on a {gpu.name}")
+        due = {"slow": plan.cfg.compute_dtype == "bfloat16" and not gpu.has_bf16}
+        due |= {"idle": not gain, "predicted": bool(gain) and way == "int8"}
+        texts = [WORDS["of_gpus"][name] for name in due if due[name]]
+        notes += [text.format(gpu=gpu.name, way=way, gain=gain) for text in texts]
     lines += _experts(plan)
     return _wrapped(lines + [("note", note) for note in [*notes, *cfg_notes(plan.cfg)]])
 
@@ -622,12 +616,12 @@ def _experts(plan: RunPlan) -> list[tuple[str, str]]:
     sides = [side for index in range(info.num_layers) for side in targets.expert_sides(info, index)]
     if not sides or not sizes.has_adapters(cfg):
         return []
-    rank = targets.expert_rank(info, cfg)
+    rank, usual = targets.expert_rank(info, cfg), targets.usual_expert_rank(info, cfg)
     num_params = sum(sum(linear.shape) * num for linear, num in sides)
-    num_params *= rank or targets.usual_expert_rank(info, cfg)
+    num_params *= rank or usual
     own, copy = (sizes.DTYPE_BYTES[dtype] for dtype in (cfg.master_dtype, cfg.compute_dtype))
     gib = num_params * (2 * own + memory.moment_bytes(cfg) + copy) / GIB
-    trains = f"LoRA r {rank}" if rank else "frozen; --expert_lora_rank trains them"
+    trains = f"LoRA r {rank}" if rank else f"frozen; --expert_lora_rank {usual} trains them"
     return [("experts", WORDS["experts"].format(trains, num_params, gib))]
 
 
@@ -658,7 +652,7 @@ def _time(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[tuple[s
     alone = ", ".join(f"{name} {_number(seconds)} s" for name, seconds in parts if seconds > 0.01)
     is_measured = plan.machine.gpus and all(gpu.is_measured for gpu in plan.machine.gpus)
     words = f"{_pace(found.speed)}; bottleneck: {found.speed.bound} "
-    words += f"(alone: {alone}; by {'measured' if is_measured else 'tabled'} speeds)"
+    words += f"(alone: {alone}; {'by measured speeds' if is_measured else 'speeds from a table'})"
     if found.speed.parts_s[fit.READS]:
         gbs = (*plan.machine.gpus, plan.machine.cpu)[0].disk_gbs
         words += f"; disk {gbs:g} GB/s" + ", assumed: doctor measures it" * (gbs == Device.disk_gbs)

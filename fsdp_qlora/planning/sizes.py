@@ -37,7 +37,6 @@ STREAMED = ("streamed", DISK)  # placements of layers that are copied as they ar
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
 ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once
 ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
-NUM_READ_AHEAD = 2  # linears being read while one is at work
 # Weights of a layer times tokens of a full micro-batch: with more work the GPU is busy as it is,
 # and a graph would only hold memory (measured on an H200 beside a slow host: 7B at 512 tokens is
 # bound by the host, 70B at 1024 is not).
@@ -234,6 +233,20 @@ def has_adapters(cfg: TrainConfig) -> bool:
     return TRAIN_TYPES[cfg.train_type].adapter in ("lora", "dora")
 
 
+def is_eager(cfg: TrainConfig, extra: str, kind: str) -> bool:
+    """Whether attention is transformers' own, which keeps all scores.
+
+    Args:
+        cfg: attn, context_parallel, train_type, compute_dtype.
+        extra: see ModelInfo.attention_extra.
+        kind: where a run computes: "cuda", or "cpu" for all that has no kernel for rows.
+    """
+    has_kernel = extra == "sinks" and kind == "cuda" and has_adapters(cfg)
+    has_kernel &= cfg.compute_dtype != "float32"
+    has_kernel |= extra == "" or cfg.context_parallel > 1
+    return cfg.attn == "eager" or (cfg.attn == "auto" and not has_kernel)
+
+
 def trained_whole(info: ModelInfo, cfg: TrainConfig) -> TrainedWhole:
     """Find what a run trains whole.
 
@@ -323,15 +336,13 @@ def _saved(info: ModelInfo, modules: str | None) -> tuple[str, ...]:
     return tuple(found)
 
 
-def adopt_format(
-    cfg: TrainConfig, stored: str | None, given: frozenset[str] | None = None
-) -> TrainConfig:
+def adopt_format(cfg: TrainConfig, stored: str | None, given: frozenset[str]) -> TrainConfig:
     """Take the format of the base from its files, where they are in 4 bit.
 
     Args:
         cfg: the run.
         stored: format of the files, or None.
-        given: names of the options that the user wrote; None: those that are not as usual.
+        given: names of the options that the user wrote.
 
     Returns:
         The run with the format of the files.
@@ -348,8 +359,7 @@ def adopt_format(
         own["train_type"] = {"dora": "bnb_dora"}.get(TRAIN_TYPES[cfg.train_type].adapter, "qlora")
     for name, value in own.items():
         got = getattr(cfg, name)
-        is_given = got != getattr(TrainConfig, name) if given is None else name in given
-        if is_given and got != value:
+        if name in given and got != value:
             remedy = "leave it out, or take the 16-bit original"
             raise UserError(f"--{name} {str(got).lower()}", rule, remedy)
     return dataclasses.replace(cfg, **own)
@@ -601,8 +611,7 @@ class Sizes:
         self.lora, self.magnitudes = counts.adapters, counts.magnitudes
         self.whole, self.trained_root = counts.layer, counts.root
         self.item, self.master = DTYPE_BYTES[cfg.compute_dtype], DTYPE_BYTES[cfg.master_dtype]
-        is_extra = info.attention_extra != "" and cfg.context_parallel == 1
-        self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and is_extra)
+        self.is_eager = is_eager(cfg, info.attention_extra, kind)
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
         self.file_bytes = _bytes_in_memory(info.path)
         self.is_kept_whole = self._keeps_whole(1)

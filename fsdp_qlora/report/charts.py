@@ -68,10 +68,8 @@ class Tape:
         """All of a run that was read whole."""
         tape = cls()
         tape.facts = run.facts | {"config": run.config}
-        for line in (*run.steps, *run.samples):
+        for line in (*run.steps, *run.evals, *run.samples):
             tape.add(line)
-        for step, loss in run.evals:
-            tape._evals.append([step, *map(short, (loss, *run.accuracies.get(step, ())))])
         return tape
 
     @property

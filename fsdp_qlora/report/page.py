@@ -172,8 +172,9 @@ def _measures(run: Run) -> dict[str, list[tuple[str, str, float | None]]]:
     known["cores"] = statistics.fmean(cores) if cores else None
     known["loading_gib"] = run.table("load_peaks").get("host_peak_used_gib")
     known["lost"] = run.values("loss").count(None) or None
-    known["before"] = next((loss for step, loss in run.evals if not step), None)
-    known["after"] = next((x for step, x in run.evals[::-1] if step and x is not None), None)
+    known["before"] = next((e["loss"] for e in run.evals if not e["step"]), None)
+    later = [e["loss"] for e in run.evals if e["step"] and e["loss"] is not None]
+    known["after"] = later[-1] if later else None
     if run.has_gpus:
         known["gpu_gib"] = highest(run.peaks("device_peak_reserved_gib"))
         known["plan_s"] = run.table("plan").get("step_s")
@@ -206,7 +207,7 @@ def _figure(name: str, form: str, values: list[float | None], runs: list[Run]) -
     for i, value in enumerate(values):
         note = f"{value / one:.2f} ×" if i and one and value is not None and has_ratio else ""
         if value is not None and value < 100 and name.startswith("held-out"):
-            known = [right for _, (right,) in sorted(runs[i].accuracies.items())]
+            known = [line["accuracy"] for line in runs[i].evals if "accuracy" in line]
             right = known[-1 if name.endswith("after") else 0] if known else 0.0
             note = f"accuracy {right:.1%}" if known else f"perplexity {math.exp(value):,.2f}"
         cells.append(cell(value, form, note))

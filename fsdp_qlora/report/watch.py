@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from fsdp_qlora import atomic, checkpoint_store, cli
+from fsdp_qlora import atomic, checkpoint_store, cli, record
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, redact
-from fsdp_qlora.record import NEEDED
 from fsdp_qlora.report import charts, page
 
 HOST, PORT, NAMES = "127.0.0.1", 8123, ("127.0.0.1", "localhost", "::1")  # others are of the web
@@ -93,7 +92,7 @@ class Follower:
         whole = block[: block.rfind(b"\n") + 1]
         for line in whole.splitlines():
             row = atomic.parse_json(line)
-            if row and ("event" in row or not [n for n in NEEDED if row.get(n) in (None, [])]):
+            if row and ("event" in row or all(row.get(n) not in (None, []) for n in record.NEEDED)):
                 with contextlib.suppress(*page.NO_RECORD):
                     self._tape.add(row)  # a damaged line is left out
         self._offset += len(whole)

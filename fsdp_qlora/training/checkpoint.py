@@ -24,17 +24,15 @@ from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, Stopped, UserError
-from fsdp_qlora.model import shard
-from fsdp_qlora.model.weights import DTYPES as FLOATS
-from fsdp_qlora.planning.memory import moment_bytes
+from fsdp_qlora.model import shard, weights
+from fsdp_qlora.planning import memory, sizes
 from fsdp_qlora.planning.run import RunPlan
-from fsdp_qlora.planning.sizes import MOST_TOUCHED_BYTES
 from fsdp_qlora.training import optim, preflight
 from fsdp_qlora.training.metrics import Recorder, Resumed
 
 HEARTBEAT_S = 2.0
 Tensors = dict[str, dict[str, Array]]  # by file and name
-DTYPES = {dtype: name for name, dtype in FLOATS.items()}
+DTYPES = {dtype: name for name, dtype in weights.DTYPES.items()}
 DTYPES |= {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 BY_RANK = "@ranks"  # ends the name of what the ranks keep for blocks of their slices
 
@@ -396,10 +394,10 @@ class Checkpointer:
         best_step, loss = trained.world.gather(self._read_best())[0]
         self.best = (int(best_step), loss) if best_step else None  # as rank 0 has read it
         params = shard.trained_parameters(trained.model)
-        nbytes = sum(p.numel() * (p.element_size() + moment_bytes(cfg)) for p in params)
+        nbytes = sum(p.numel() * (p.element_size() + memory.moment_bytes(cfg)) for p in params)
         nbytes *= self._is_on and self._is_writer
         self._buffer = HostBuffer(nbytes)
-        if nbytes <= MOST_TOUCHED_BYTES:
+        if nbytes <= sizes.MOST_TOUCHED_BYTES:
             self._start(self._buffer.memory.zero_)  # makes the system give it
 
     def _read_best(self) -> list[float]:

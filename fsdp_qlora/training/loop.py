@@ -60,7 +60,9 @@ def train_step(
         hook("post-backward")
     num_copies = shard.collect_gradients(trained.model, trained.params)
     grads = [p.grad for p in trained.params if p.grad is not None]
-    status = guard.check(grads, loss_sum, weights.num, num_copies)
+    mixtures = getattr(trained.model, "mixtures", ())
+    loads = [mixture.loads for mixture in mixtures]
+    status = guard.check(grads, loss_sum, weights.num, num_copies, loads)
     optim.clip(grads, status.grad_norm, trained.max_norm, guard.scale)
     hook("pre-optimizer")
     optim.step(trained.optimizer, status.is_bad)
@@ -70,7 +72,7 @@ def train_step(
     hook("post-optimizer")
     results = {"loss": status.loss, "grad_norm": status.grad_norm, "skipped": status.is_bad > 0}
     results |= {} if guard.scale is None else {"loss_scale": status.facts[2]}
-    results |= experts.take_load(getattr(trained.model, "mixtures", ()))
+    results |= experts.take_load(mixtures)
     return results | losses.figures(preference, sums, weights, world)
 
 

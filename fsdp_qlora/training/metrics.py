@@ -39,8 +39,7 @@ from fsdp_qlora.model import load, shard
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.planning.sizes import count_trained
 from fsdp_qlora.record import NUM_WARMUP_STEPS, RUN_FORMAT, hosts_of
-from fsdp_qlora.training import memory
-from fsdp_qlora.training.objectives import FIGURES as PREFERENCE
+from fsdp_qlora.training import memory, objectives
 
 # The phase of the clock that ends at a point of a step.
 PHASES = {"data": "data"} | {f"post-{phase}": phase for phase in memory.STEP_PHASES}
@@ -560,8 +559,7 @@ def print_summary(cfg: TrainConfig, next_steps: list[str]) -> None:
     print(TABLE["summary"].format_map(done), flush=True)
 
 
-FIGURES: tuple[str, ...] = ("loss", "learning_rate", "grad_norm", "epoch", "tokens_per_s", "step_s")
-FIGURES += ("num_tokens", "num_trained_tokens", "expert_load", *PREFERENCE)
+FIGURES = (*TABLE["figures"], *objectives.FIGURES)
 HELD_OUT = ("loss", "perplexity", "accuracy", "margin")
 _OPTIONS = cli.options(TrainConfig).items()  # a tracker gets those that are no text of the user's
 SETTINGS = tuple(name for name, row in _OPTIONS if str not in row.kinds or row.choices)
@@ -707,11 +705,5 @@ def _arguments(name: str, cfg: TrainConfig) -> dict[str, Any]:
         settings = swanlab.Settings(interactive=False, probe=probe, terminal=terminal)
         place = {"log_dir": str(out_dir / "swanlab"), "settings": settings}
         return {**named, **place, "workspace": entity}
-    simple: dict[str, dict[str, Any]] = {
-        # A resumed run is told again from its first step: what an earlier file says is hidden.
-        "tensorboard": {"logging_dir": str(out_dir), "purge_step": 0},
-        "mlflow": {"run_name": named["name"]},
-        "aim": {"logging_dir": str(out_dir)},
-        "dvclive": {"dir": str(out_dir / "dvclive")},
-    }
-    return simple.get(name, {})
+    shown, own = {"out": out_dir, "name": named["name"]}, TABLE["others"].get(name, {}).items()
+    return {key: v.format_map(shown) if isinstance(v, str) else v for key, v in own}

@@ -298,7 +298,12 @@ class NonFiniteGuard:
         return loss if self.scale is None else loss * self.scale
 
     def check(
-        self, grads: Sequence[Tensor], loss_sum: Tensor, num_tokens: float, num_copies: int
+        self,
+        grads: Sequence[Tensor],
+        loss_sum: Tensor,
+        num_tokens: float,
+        num_copies: int,
+        counts: Sequence[Tensor] = (),
     ) -> StepStatus:
         """Norm and loss of all ranks, in one collective; all must call.
 
@@ -307,6 +312,7 @@ class NonFiniteGuard:
             loss_sum: over this rank's trained tokens.
             num_tokens: trained tokens of all ranks.
             num_copies: ranks that hold the same slices.
+            counts: float32 [any], of this rank; afterwards those of all ranks.
         """
         is_bad_here = ~loss_sum.isfinite()
         if self._is_bad_here is not None:
@@ -315,7 +321,8 @@ class NonFiniteGuard:
         facts[0] = torch.stack(torch._foreach_norm(list(grads), 2, torch.float32)).square().sum()
         facts[1] = loss_sum
         facts[2 + world.rank] = is_bad_here
-        world.sum_(facts)
+        every = [facts, *counts]
+        torch._foreach_copy_(every, world.sum_(torch.cat(every)).split([*map(len, every)]))
         scale = torch.ones_like(loss_sum) if self.scale is None else self.scale.clone()
         norm, loss = (facts[0] / num_copies).sqrt() / scale, facts[1] / num_tokens
         is_bad = (~(norm.isfinite() & loss.isfinite())).float()

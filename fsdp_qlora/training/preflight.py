@@ -278,8 +278,7 @@ def check_same(
     remedy = "--allow_data_change goes on with other data" if only_data else "start a new run"
     got = f"--resume with another {', '.join(refused)}"
     error = UserError(got, "the checkpoint belongs to what was", remedy)
-    for row in (_row("", "checkpoint", "this run"), *table):
-        error.add_note(row)
+    error.__notes__ = [_row("", "checkpoint", "this run"), *table]
     raise error
 
 

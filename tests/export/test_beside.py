@@ -87,7 +87,7 @@ def test_an_adapter_saved_anew_brings_its_template_or_its_tokens(base: Path, tmp
 
 # Trains nothing: an adapter of one rank as it starts, and with it two whole tensors.
 SAVE = """
-import sys, tempfile, torch
+import dataclasses, sys, tempfile, torch
 from pathlib import Path
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.export import model_files
@@ -98,8 +98,10 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank
 world = World(0, 1, 0, 1, torch.device("cpu"))
 flags = (f"--output_dir={out}", "--lora_rank=4", "--modules_to_save=embed_tokens,lm_head")
 built, info, cfg = tiny.build(model, world, *flags)
-Path(out).mkdir()
-model_files.save(built, info, cfg, None, is_writer=True)
+for number in "12":
+    Path(out + number).mkdir()
+    cfg = dataclasses.replace(cfg, output_dir=out + number)
+    model_files.save(built, info, cfg, None, is_writer=True)
 """
 
 
@@ -109,16 +111,16 @@ def test_equal_adapters_are_equal_bytes_in_every_process(tmp_path: Path):
     from safetensors.torch import load_file
 
     model = tiny.save_model(tmp_path / "model")
-    outs = [tmp_path / str(seed) for seed in range(3)]
+    outs = [tmp_path / f"{seed}{number}" for seed in "01" for number in "12"]
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", SAVE, str(model), str(out)],
-            env=os.environ | {"PYTHONHASHSEED": out.name, "CUDA_VISIBLE_DEVICES": ""},
+            [sys.executable, "-c", SAVE, str(model), str(tmp_path / seed)],
+            env=os.environ | {"PYTHONHASHSEED": seed, "CUDA_VISIBLE_DEVICES": ""},
             cwd=PROJECT_DIR,
         )
-        for out in outs
+        for seed in "01"
     ]
-    assert [run.wait() for run in runs] == [0, 0, 0]
+    assert [run.wait() for run in runs] == [0, 0]
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert len({(out / name).read_bytes() for out in outs}) == 1, name
     config = LoraConfig.from_pretrained(outs[0])

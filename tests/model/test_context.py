@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -61,13 +62,35 @@ def masked(query, key, value, lengths, window):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(0, 1)
 
 
+def plain(query, key, value, scale, is_causal=True):
+    return attention.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, is_causal=is_causal, scale=scale
+    )
+
+
+def plain_backward(*tensors, scale, is_causal=True):
+    return attention.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *tensors, dropout_p=0.0, is_causal=is_causal, scale=scale
+    )
+
+
+ENDS = {  # the way of one row on a Hopper, by a kernel that, as cuDNN, knows no rows
+    "_is_for_cudnn": lambda query, to, window: len(to.lengths[0]) == 2,
+    "_cudnn": plain,
+    "_cudnn_backward": plain_backward,
+}
+
+
 def attention_error(ranks):
     """Largest difference of outputs and gradients to `masked`, over ways to lay rows."""
     generator, chunks = torch.Generator().manual_seed(0), (ranks.rank, 2 * ranks.size - 1)
     chunks = chunks[0], chunks[1] - ranks.rank
     at, worst = torch.arange(64).view(2 * ranks.size, -1)[[*chunks]].flatten(), 0.0
     layouts = [64], [1, 2, 3, 50, 8], [9, 7, 16, 32], [40, 24]
-    for lengths, window in itertools.product(layouts, (None, 5, 20)):
+    for lengths, window, by_ends in [
+        *itertools.product(layouts, (None, 5, 20), [False]),
+        *itertools.product(layouts, [None], [True]),
+    ]:
         whole = [torch.randn(64, 4, 16, generator=generator) for _ in range(4)]
         cut = attention.Cut.of(lengths, chunks, torch.device("cpu"))._replace(ranks=ranks)
         both = attention._gathered, attention._gathered_backward
@@ -78,9 +101,10 @@ def attention_error(ranks):
             grad, *inputs = (tensor.clone().requires_grad_() for tensor in parts)
             run = attention.SavedAttention.apply if is_cut else masked
             rest = (None, kernel, None) if is_cut else (lengths, window)
-            out = run(*inputs, *rest)
-            out = out[0] if is_cut else out
-            found.append([out, *torch.autograd.grad(out, inputs, grad.detach())])
+            with patch.dict(vars(attention), ENDS if by_ends else {}):
+                out = run(*inputs, *rest)
+                out = out[0] if is_cut else out
+                found.append([out, *torch.autograd.grad(out, inputs, grad.detach())])
         worst = max(worst, *((a - b[at]).abs().max().item() for a, b in zip(*found, strict=True)))
     return worst
 
@@ -108,8 +132,17 @@ def steps(world, num, paths, cases):
         figures = [*evaluate.measure(model, trained.preference, held_out, world).values()]
         before = [flat.clone() for flat in shard.whole_lora(model)]
         for step in range(2):
-            found = loop.train_step(trained, train.step(step))
-            found.pop("expert_load", None)  # of one rank's tokens
+            mine: list[list[float]] = []
+
+            def note(point, own=mine, mixtures=model.mixtures):
+                if point == "post-backward":
+                    own[:] = [mixture.loads.tolist() for mixture in mixtures]
+
+            found = loop.train_step(trained, train.step(step), hook=note)
+            if model.mixtures:  # of all ranks; padding, which differs, counts
+                loads = np.sum(world.gather_objects(mine), 0)
+                ratio = (loads.max(1) / loads.mean(1)).mean()
+                assert found.pop("expert_load").item() == pytest.approx(ratio, 1e-5)
             figures += [value.item() for _, value in sorted(found.items())]
         batches = [batch for step in range(2) for batch in train.step(step)]
         tokens = world.sum(sum(b.num_tokens for b in batches)) * (not cfg.num_answers)
@@ -146,8 +179,10 @@ def refusals(world, paths):
     """What is wrong with each model, or ""."""
     world, found = worlds.split(world, world.size), []
     for path in paths:
-        model, info, _ = tiny.build(path, world, *FLAGS, HERE)
         try:
+            model, info, _ = tiny.build(
+                path, world, *FLAGS, HERE, f"--context_parallel={world.size}"
+            )
             losses.check_cut_rows(model, info, world)
             found.append("")
         except UserError as error:
@@ -161,8 +196,9 @@ def saved(place, kind):
 
 
 def test_what_is_not_exact_is_refused(tmp_path):
-    """By a trial after the load; what config.json tells, before it."""
-    kinds = {"bamba": "keys and values", "deepseek_v3": "", "gemma4_text": "not known"}
+    """By trials of the model without weights and with them; what config.json tells, before."""
+    kinds = {"bamba": "not known", "deepseek_v3": "", "gemma4_text": "not known"}
+    kinds |= {"phi3, longrope": "", "qwen2_moe": "not known"}
     paths = [saved(tmp_path, kind) for kind in kinds]
     for found in run_ranks(refusals, 2, paths):
         for rule, words in zip(found, kinds.values(), strict=True):

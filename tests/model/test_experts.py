@@ -161,4 +161,4 @@ def test_the_plan_counts_adapters_of_experts_as_peft_has_them():
     more = count_trained(info, cfg).total - count_trained(info, frozen).total
     assert more == 48 * 128 * of_one == 157_286_400
     plan = plans.RunPlan(frozen, frozen, info, hardware.Machine(()))
-    assert "frozen; --expert_lora_rank trains them: 157,286,400 parameters" in " ".join(plan.lines)
+    assert "frozen; --expert_lora_rank 4 trains them: 157,286,400 par" in " ".join(plan.lines)

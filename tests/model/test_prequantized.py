@@ -121,6 +121,10 @@ def test_what_is_quantised_otherwise_is_refused_in_one_line(stored, tmp_path: Pa
     text = json.loads((stored["fp4"] / "config.json").read_text())
     with pytest.raises(UserError, match="is quantized already, as fp4"):
         main(["quantize", f"--model_name={stored['fp4']}", f"--out={tmp_path / 'out'}"])
+    asked = ["plan", f"--model_name={stored['fp4']}", "--gpus=24"]
+    assert main(asked) == DONE
+    with pytest.raises(UserError, match="--quant_type nf4: the model is stored as fp4"):
+        main([*asked, "--quant_type=nf4"])
     # Written as another type than its files have: no byte may be read by the wrong code.
     text["quantization_config"]["bnb_4bit_quant_type"] = "nf4"
     for path in stored["fp4"].glob("model*.safetensors"):

@@ -59,19 +59,19 @@ def micro_batches(rank, world_size, accumulation):
 def sharded_gradients(world, path, format_flags, cases, extra=()):
     """Whole gradients by peft name for each (place, checkpointing, accumulation)."""
     results = {}
-    for place, checkpointing, accumulation in cases:
+    for (place, checkpointing), alike in itertools.groupby(cases, key=lambda case: case[:2]):
         flags = (*FLAGS, *format_flags, *CHECKPOINTING[checkpointing], *PLACES[place], *extra)
         model, _, _ = tiny.build(path, world, *flags)
         tiny.fill_lora(model)
-        batches = micro_batches(world.rank, world.size, accumulation)
-        num_tokens = world.sum(sum(b.num_trained_tokens for b in batches))
-        for batch in batches:
-            loss = losses.token_loss_sum(model, batch, world.device)
-            (loss * (world.size / num_tokens)).backward()
-        named = tiny.lora_dict(model, tiny.lora_grads(model))
-        results[place, checkpointing, accumulation] = {
-            name: tensor.cpu().numpy() for name, tensor in named.items()
-        }
+        for case in alike:
+            model.zero_grad()
+            batches = micro_batches(world.rank, world.size, case[2])
+            num_tokens = world.sum(sum(b.num_trained_tokens for b in batches))
+            for batch in batches:
+                loss = losses.token_loss_sum(model, batch, world.device)
+                (loss * (world.size / num_tokens)).backward()
+            named = tiny.lora_dict(model, tiny.lora_grads(model))
+            results[case] = {name: tensor.cpu().numpy() for name, tensor in named.items()}
     return results
 
 

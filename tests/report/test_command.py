@@ -27,12 +27,13 @@ def run_dir(tmp_path):
 def test_the_real_record_is_read_whole():
     run = record.read(REAL)
     assert run.steps == steps_of(REAL) and len(run.steps) == 8
-    assert [step for step, _ in run.evals] == [0, 8]
+    assert [line["step"] for line in run.evals] == [0, 8]
     assert run.state == "finished" and run.num_ranks == 2 and not run.has_gpus
 
 
 def test_a_last_line_still_being_written_is_left_out(run_dir):
-    assert record.read(run_dir).evals == [(0, 3.25), (12, 1.875)]
+    evals = record.read(run_dir).evals
+    assert [(line["step"], line["loss"]) for line in evals] == [(0, 3.25), (12, 1.875)]
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "lo')
     assert len(record.read(run_dir).steps) == 12

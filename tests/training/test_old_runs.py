@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import DONE
+from tests import warm
 from tests.test_kill_sweep import result
 from tests.training.test_resume import make_place
 
@@ -53,16 +54,12 @@ def old_tree(tmp_path: Path):
     git("worktree", "remove", "--force", str(tree))
 
 
-def train(tree: Path, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a version of the trainer as a user does."""
-    return subprocess.run(
-        [sys.executable, "train.py", *argv],
-        cwd=tree,
-        env={**os.environ, "PYTHONPATH": str(tree), **env},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def train(tree: Path, *argv: str, **env: str) -> tuple[int | None, str, str]:
+    """Run a version of the trainer as a user does: exit code, stdout, stderr."""
+    env = {**os.environ, "PYTHONPATH": str(tree), **env}
+    command = [sys.executable, "train.py", *argv]
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_a_run_of_an_old_version_goes_on_with_equal_bits(tmp_path: Path, old_tree: Path):
@@ -72,19 +69,23 @@ def test_a_run_of_an_old_version_goes_on_with_equal_bits(tmp_path: Path, old_tre
     paths |= {"quant_cache": tmp_path / "quant", "token_cache": tmp_path / "tokens"}
     argv = [*(f"--{name}={path}" for name, path in paths.items()), *OPTIONS]
     stopped = train(old_tree, *argv, FSDP_QLORA_FAULT=f"term:0:post-forward:{STOP_AFTER}")
-    assert stopped.returncode == TERMINATED, stopped.stderr
+    assert stopped[0] == TERMINATED, stopped
     results = {}
-    for name, tree in {"old": old_tree, "new": PROJECT_DIR}.items():
+    for name in ("old", "new"):
         copy = shutil.copytree(out, tmp_path / f"by-{name}")
-        done = train(tree, f"--resume={copy}")
-        assert done.returncode == DONE, done.stderr
+        if name == "old":
+            code, said, err = train(old_tree, f"--resume={copy}")
+        else:
+            run = warm.start([f"--resume={copy}"], tmp_path)
+            code, said, err = run.wait(), run.out, run.err
+        assert code == DONE, err
         adapter = load_file(copy / "adapter_model.safetensors")
         results[name] = result(copy, NUM_STEPS) | {
             # Its header names the version that wrote it.
             "adapter_model.safetensors": {key: t.tobytes() for key, t in adapter.items()}
         }
-        assert name == "old" or "options that are no more, and were set: verbose" in done.stdout
-        assert f": {STOP_AFTER} of {NUM_STEPS} steps are done" in done.stdout
+        assert name == "old" or "options that are no more, and were set: verbose" in said
+        assert f": {STOP_AFTER} of {NUM_STEPS} steps are done" in said
     rates = {float.fromhex(step[3]) for step in results["old"]["steps"]}
     assert max(rates) == float(OLD_LR)
     assert results["new"] == results["old"]
