@@ -20,7 +20,7 @@ KWARGS = "chat_template_kwargs"
 HISTORY = "history"
 LABEL_PROMPT = "Find what the text names and answer with the labels as JSON."
 NOT_TRAINED = -100
-NOTHING = (None, "", [], {})  # in a column
+NOTHING: tuple[Any, ...] = (None, "", [], {})  # in a column
 CHAT, BLOCKS, LABEL, TEXT = "chat", "blocks", "label", "text"
 TOKENS, OWN = "tokens", "own template"
 # Columns of preferences: a chosen and a rejected answer; whether an answer is a good one.
