@@ -455,13 +455,12 @@ def survey(info: ModelInfo, cfg: TrainConfig, given: frozenset[str], machine: Ma
 
 
 def _survey_lines(table: Mapping[str, dict[str, Any]]) -> list[str]:
-    head = f"{'GPUs':<12}{'fits':<5}{'longest':>9}{'GiB a GPU':>15}{'host':>7}{'s/step':>8}"
-    lines = [f"{head}{'tokens/s':>10}  rows, layers; checkpointing"]
+    lines = [WORDS["survey_head"]]
     for name, row in table.items():
         limit = "" if row["gpu_limit_gib"] is None else f" of {row['gpu_limit_gib']:.1f}"
         size, verdict = f"{row['gpu_gib']:.1f}{limit}", "yes" if row["fits"] else "NO"
-        line = f"{name:<12}{verdict:<5}{row['longest']:>9,}{size:>15}{row['host_gib']:>7.1f}"
-        line += f"{_number(row['step_s']):>8}{row['tokens_per_s']:>10,.0f}  {row['setting']}"
+        own = {"name": name, "verdict": verdict, "size": size, "step": _number(row["step_s"])}
+        line = WORDS["survey"].format_map(row | own)
         lines += textwrap.wrap(line, WIDTH, subsequent_indent=" " * 68)
     speeds = "; ".join(f"{name}: {row['gpu']}" for name, row in table.items() if row["gpu"] != name)
     notes = [("longest", WORDS["longest"]), *[("speeds", speeds)] * bool(speeds)]
