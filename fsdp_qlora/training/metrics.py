@@ -20,7 +20,6 @@ import statistics
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +48,7 @@ NUM_SMOOTHED, NUM_RECENT = 20, 50  # steps of the loss and of the time that are 
 MIN_BAR, DUMB_WIDTH, BAR = 8, 80, "{n_fmt}/{total_fmt} {bar} {desc}"  # characters; as tqdm has it
 COUNTS = ("num_trained_tokens", "num_tokens")
 SUMMED = ("step_s", "tokens_per_s", "loss", "skipped", *COUNTS)
-TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TABLE = memory.TABLE
 
 
 Marks = list[tuple[str, Any]]  # phase, its end: a CUDA event, or seconds of perf_counter
