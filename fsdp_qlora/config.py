@@ -89,7 +89,6 @@ OPTIMIZERS = {name: Optimizer(**row) for name, row in _TABLE["optimizers"].items
 PRECISIONS: dict[str, str] = _TABLE["precisions"]
 MATMULS = ("bf16", "fp8", "int8", "auto")
 TRACKERS = tuple(_TABLE["trackers"])
-BF16 = ("bf16", "bf16_autocast", "bf16_buffers_autocast")
 OBJECTIVES = {name: Objective(**row) for name, row in _TABLE["objectives"].items()}
 # Option -> the objectives that read it.
 OF_OBJECTIVES: dict[str, list[str]] = _TABLE["of_objectives"]

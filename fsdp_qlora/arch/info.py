@@ -635,8 +635,7 @@ def _checked_config(config: dict, model_name: str) -> dict:
     if "auto_map" in config and model_type not in LAYOUTS:
         rule = "wants its own code run (auto_map), which is never done"
         raise UserError(got, rule, f"take one of {', '.join(LAYOUTS)}")
-    defaults = LAYOUTS.get(model_type, LayerShape()).defaults
-    config = defaults | config
+    config = LAYOUTS.get(model_type, LayerShape()).defaults | config
     if "index_topk" in config:
         rule = "chooses the keys of each token by an indexer, which is not computed here"
         raise UserError(got, rule, "take another model")

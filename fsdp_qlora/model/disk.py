@@ -111,8 +111,7 @@ class Span:
                 raise self._fault(f"it ends before byte {self._first + self.lead + self.nbytes:,}")
             done += count
         if not self.is_direct:
-            place = self._file, self._first + start, stop - start
-            os.posix_fadvise(*place, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._file, self._first + start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def slot_bytes(nbytes: int) -> int:
@@ -191,8 +190,7 @@ class Ring:
             if self._held[slot] != number:
                 self._held[slot] = number
                 self._fills[slot] += 1
-                own = number, self._fills[slot], self._booked[slot]
-                self._reads.put(partial(self._fill, *own))
+                self._reads.put(partial(self._fill, number, self._fills[slot], self._booked[slot]))
 
     def _fill(self, number: int, fill: int, booked: int) -> None:
         """Fill a slot for the `fill`-th time, when those who had `booked` it are done."""
