@@ -9,9 +9,7 @@ import math
 import os
 import sys
 import textwrap
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import arch, cli, config, hardware
@@ -28,7 +26,7 @@ GROUPS = {"batch size": fit.BATCHING, "checkpointing": fit.KEEPING, "offload": f
 UNKNOWN = dataclasses.replace(hardware.GPUS["3090"], name="unknown GPU", memory_gib=math.inf)
 WIDTH = 100
 WORTH = 1.03  # another setting is worth telling when it is this much faster
-WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+WORDS = rows.WORDS
 IMAGINED = "2x24"
 Values = dict[str, Any]  # as JSON has them
 ALIASES = {"cards": cli.Alias("gpus", lambda text: text.replace(",", "+"))}  # a machine of both
