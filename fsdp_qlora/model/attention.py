@@ -433,9 +433,7 @@ def _gathered(query, key, value, scale, cut, window, sinks=None) -> tuple[torch.
     key, value = cut.gather(key), cut.gather(value)
     pairs = zip(query.chunk(len(cut.pieces)), cut.pieces, strict=True)
     made = [
-        _ends(part, key[to.keys], value[to.keys], scale)
-        if _is_for_cudnn(part, to, window)
-        else _varlen(part, key[to.keys], value[to.keys], to.lengths, True, scale, window)
+        _varlen(part, key[to.keys], value[to.keys], to.lengths, True, scale, window)
         for part, to in pairs
     ]
     states = [state for _, _, *own in made for state in own]
@@ -458,21 +456,17 @@ def _gathered_backward(
     columns = [t.chunk(parts) for t in (grad_out, query, out)] + [log_sum.chunk(parts, 1)]
     grads = []
     for i, (grad, q, o, total, to) in enumerate(zip(*columns, cut.pieces, strict=True)):
-        rest = (q, key[to.keys], value[to.keys], o, total.contiguous())
-        state = states[i * num : (i + 1) * num]
-        if _is_for_cudnn(q, to, window):
-            grad, *more = _ends_backward(grad, *rest, scale, state)
-        else:
-            grad, *more = _varlen_backward(grad, *rest, to.lengths, True, scale, state, window)
+        rest = (q, key[to.keys], value[to.keys], o, total.contiguous(), to.lengths, True, scale)
+        grad, *more = _varlen_backward(grad, *rest, states[i * num : (i + 1) * num], window)
         grads.append(grad)
         for whole, part in zip(sums, more, strict=True):
             whole[to.keys] += part
     return torch.cat(grads), *(cut.reduce(whole).to(dtype) for whole in sums)
 
 
-def _is_for_cudnn(query, to: Piece, window) -> bool:
-    """Whether cuDNN serves a chunk of one row without a window, as it would serve the whole row."""
-    if window or len(to.lengths[0]) > 2 or not query.is_cuda:
+def _is_for_cudnn(query, lengths, is_causal: bool, window) -> bool:
+    """Whether cuDNN serves the end of one row without a window, as it would serve the whole row."""
+    if window or not is_causal or len(lengths[0]) > 2 or not query.is_cuda:
         return False
     (own,) = _heads(query)
     return _kernel(own, own, own, None) is KERNELS[SDPBackend.CUDNN_ATTENTION]
@@ -483,36 +477,35 @@ def _heads(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from (t.transpose(0, 1)[None] if t.dim() == 3 else t[0].transpose(0, 1) for t in tensors)
 
 
-def _ends(query, key, value, scale) -> tuple[torch.Tensor, ...]:
-    """Queries at the end of the keys by cuDNN, which lets the beginnings meet: as `_varlen`.
+def _ends(query, key) -> tuple[tuple[slice, bool], ...]:
+    """Keys that queries at their end look at: their own, causally, and all that are before.
 
-    They look at themselves, and at all that is before them.
+    cuDNN lets the beginnings of queries and keys meet.
     """
-    num, found = len(query), []
-    for part, is_causal in ((slice(-num, None), True), (slice(len(key) - num), False)):
-        if part.stop != 0:
-            q, k, v = _heads(query, key[part], value[part])
-            made, log_sum, *state = _cudnn(q, k, v, scale, is_causal)
-            (out,) = _heads(made)
-            found.append((out, log_sum.reshape(-1, num)))
+    before = len(key) - len(query)
+    return ((slice(before, None), True), (slice(before), False))[: 1 + (before > 0)]
+
+
+def _by_cudnn(query, key, value, scale) -> tuple[torch.Tensor, ...]:
+    found = []
+    for part, is_causal in _ends(query, key):
+        q, k, v = _heads(query, key[part], value[part])
+        made, log_sum, *state = _cudnn(q, k, v, scale, is_causal)
+        (out,) = _heads(made)
+        found.append((out, log_sum.reshape(-1, len(query))))
     return *(_join(*found) if len(found) > 1 else found[0]), *state
 
 
-def _ends_backward(grad_out, query, key, value, out, log_sum, scale, state) -> tuple:
+def _by_cudnn_backward(grad_out, query, key, value, out, log_sum, scale, state) -> tuple:
     """Each part's own backward, with the output and the log sum of both."""
-    num, log_sum = len(query), log_sum[None, ..., None]
-    grad_query, *grads = torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)
-    for part, is_causal in ((slice(-num, None), True), (slice(len(key) - num), False)):
-        if part.stop != 0:
-            grad, *tensors = _heads(grad_out, query, key[part], value[part], out)
-            found = _cudnn_backward(
-                grad, *tensors, log_sum, *state, scale=scale, is_causal=is_causal
-            )
-            more, *others = _heads(*found)
-            grad_query += more
-            for whole, other in zip(grads, others, strict=True):
-                whole[part] = other
-    return grad_query, *grads
+    grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+    for part, is_causal in _ends(query, key):
+        tensors = _heads(grad_out, query, key[part], value[part], out)
+        rest = (log_sum[None, ..., None], *state)
+        found = _cudnn_backward(*tensors, *rest, scale=scale, is_causal=is_causal)
+        for whole, at, more in zip(grads, (slice(None), part, part), _heads(*found), strict=True):
+            whole[at] += more
+    return tuple(grads)
 
 
 def joins_exactly(device: torch.device, dtype: torch.dtype) -> bool:
@@ -560,6 +553,8 @@ def _varlen(
     query, key, value, lengths, is_causal: bool, scale, window=None
 ) -> tuple[torch.Tensor, ...]:
     """Attention inside parts, whose ends meet: out [T, N, D], log sums [N, T], state."""
+    if _is_for_cudnn(query, lengths, is_causal, window):
+        return _by_cudnn(query, key, value, scale)
     if query.device.type == "cuda":
         rest, more = (*lengths, 0.0, is_causal, False), _sides(scale, window)
         return aten._flash_attention_forward(query, key, value, *rest, **more)[:4]
@@ -573,6 +568,8 @@ def _varlen_backward(
     grad_out, query, key, value, out, log_sum, lengths, is_causal, scale, state, window=None
 ) -> tuple[torch.Tensor, ...]:
     rest = (query, key, value, out, log_sum)
+    if _is_for_cudnn(query, lengths, is_causal, window):
+        return _by_cudnn_backward(grad_out, *rest, scale, state)
     if query.device.type == "cuda":
         rest = (*rest, *lengths, 0.0, is_causal, *state)
         return aten._flash_attention_backward(grad_out, *rest, **_sides(scale, window))
