@@ -500,7 +500,7 @@ class ModelInfo:
         names = " ".join(name for kind in self.kinds for name, _ in kind.params)
         for part, (module, package) in RECURRENT.items():
             if part in names and importlib.util.find_spec(module) is None:
-                return f"note      recurrent layers run by PyTorch alone, slower: {package} is missing"
+                return f"note      recurrent layers run by PyTorch, slower: {package} is missing"
         return ""
 
 

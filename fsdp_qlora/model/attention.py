@@ -310,7 +310,7 @@ def attend(module, query, key, value, attention_mask, has_masks=False, **kwargs)
 
 def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor:
     """Attention inside each row, [B, T, N, D]."""
-    rest: dict[str, Any] = {"bounds": bounds, "longest": kwargs.get("max_length_q")}
+    longest = kwargs.get("max_length_q")
     if kwargs.get("cut") is not None:
         rest = {name: kwargs[name] for name in ("cut", "window")}
         forward = partial(_gathered, **rest, sinks=kwargs.get("s_aux"))
@@ -318,10 +318,11 @@ def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor
     elif kwargs.get("branches") is not None:
         if kwargs["window"] or kwargs.get("s_aux") is not None:
             raise ValueError("a window may end inside a prompt that other rows go on from")
-        rest["branches"] = kwargs["branches"]
+        rest = {"bounds": bounds, "longest": longest, "branches": kwargs["branches"]}
         kernel = partial(_joined, **rest), partial(_joined_backward, **rest)
     else:
-        kernel = partial(_rows, **rest), partial(_rows_backward, **rest)
+        rest = {"lengths": (bounds, bounds, longest, longest), "is_causal": True}
+        kernel = partial(_varlen, **rest), partial(_varlen_backward, **rest)
     num, scale = len(query), kwargs.get("scaling")
     query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     return _run(query, key, value, scale, kernel, saved).unflatten(0, (num, -1))
@@ -371,17 +372,6 @@ def _cudnn_backward(
     )
 
 
-def _rows(query, key, value, scale, bounds, longest) -> tuple[torch.Tensor, ...]:
-    return _varlen(query, key, value, (bounds, bounds, longest, longest), True, scale)
-
-
-def _rows_backward(
-    grad_out, query, key, value, out, log_sum, *state, scale, bounds, longest
-) -> tuple[torch.Tensor, ...]:
-    rest = (bounds, bounds, longest, longest), True, scale, state
-    return _varlen_backward(grad_out, query, key, value, out, log_sum, *rest)
-
-
 def _joined(query, key, value, scale, bounds, longest, branches) -> tuple[torch.Tensor, ...]:
     """Each row by itself, and answers over their prompts too; the parts are joined by their sums.
 
@@ -412,12 +402,13 @@ def _joined_backward(
 ) -> tuple[torch.Tensor, ...]:
     """Every part's own backward, with the output and the log sum of all."""
     to, num = branches, len(states) // 2
-    own, cross = (bounds, bounds, longest, longest), _cross(to)
+    own = {"lengths": (bounds, bounds, longest, longest), "is_causal": True, "scale": scale}
     rest = (query, key, value, out, log_sum)
-    grads = _varlen_backward(grad_out, *rest, own, True, scale, states[:num])
+    grads = _varlen_backward(grad_out, *rest, *states[:num], **own)
     part, first = slice(to.num_prompt, to.num_prompt + to.num_answer), slice(to.num_prompt)
     rest = (query[part], key[first], value[first], out[part], log_sum[:, part].contiguous())
-    more = _varlen_backward(grad_out[part], *rest, cross, False, scale, states[num:])
+    own |= {"lengths": _cross(to), "is_causal": False}
+    more = _varlen_backward(grad_out[part], *rest, *states[num:], **own)
     for grad, other, at in zip(grads, more, (part, first, first), strict=True):
         grad[at] += other
     return grads
@@ -456,8 +447,9 @@ def _gathered_backward(
     columns = [t.chunk(parts) for t in (grad_out, query, out)] + [log_sum.chunk(parts, 1)]
     grads = []
     for i, (grad, q, o, total, to) in enumerate(zip(*columns, cut.pieces, strict=True)):
-        rest = (q, key[to.keys], value[to.keys], o, total.contiguous(), to.lengths, True, scale)
-        grad, *more = _varlen_backward(grad, *rest, states[i * num : (i + 1) * num], window)
+        rest = (q, key[to.keys], value[to.keys], o, total.contiguous())
+        own = {"lengths": to.lengths, "is_causal": True, "scale": scale, "window": window}
+        grad, *more = _varlen_backward(grad, *rest, *states[i * num : (i + 1) * num], **own)
         grads.append(grad)
         for whole, part in zip(sums, more, strict=True):
             whole[to.keys] += part
@@ -496,7 +488,7 @@ def _by_cudnn(query, key, value, scale) -> tuple[torch.Tensor, ...]:
     return *(_join(*found) if len(found) > 1 else found[0]), *state
 
 
-def _by_cudnn_backward(grad_out, query, key, value, out, log_sum, scale, state) -> tuple:
+def _by_cudnn_backward(grad_out, query, key, value, out, log_sum, *state, scale) -> tuple:
     """Each part's own backward, with the output and the log sum of both."""
     grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
     for part, is_causal in _ends(query, key):
@@ -565,11 +557,11 @@ def _varlen(
 
 
 def _varlen_backward(
-    grad_out, query, key, value, out, log_sum, lengths, is_causal, scale, state, window=None
+    grad_out, query, key, value, out, log_sum, *state, lengths, is_causal, scale, window=None
 ) -> tuple[torch.Tensor, ...]:
     rest = (query, key, value, out, log_sum)
     if _is_for_cudnn(query, lengths, is_causal, window):
-        return _by_cudnn_backward(grad_out, *rest, scale, state)
+        return _by_cudnn_backward(grad_out, *rest, *state, scale=scale)
     if query.device.type == "cuda":
         rest = (*rest, *lengths, 0.0, is_causal, *state)
         return aten._flash_attention_backward(grad_out, *rest, **_sides(scale, window))
