@@ -260,7 +260,7 @@ class QuantizedModel(nn.Module):
         return self.head(hiddens, [group.targets for group in groups])
 
     def forward(
-        self, input_ids: Any, targets=None, past_key_values=None, rows=None, **padding
+        self, input_ids: Any, targets=None, cache: dict | None = None, rows=None, **padding
     ) -> Any:
         """Compute the loss of a batch, or the logits of its last token.
 
@@ -269,7 +269,7 @@ class QuantizedModel(nn.Module):
                 attention never sees it, so no mask is passed and the flash kernels stay usable.
                 Or a list of RowGroups, which pass each layer together; nothing else then.
             targets: Targets that are trained; None for logits.
-            past_key_values: a transformers Cache to generate with.
+            cache: name of the argument -> a transformers Cache to generate with.
             rows: RowBounds, of rows that lie one after the other in the one sequence; or None.
             padding: attention_mask and position_ids of rows that are padded on the left.
 
@@ -281,8 +281,8 @@ class QuantizedModel(nn.Module):
             return self._visit(input_ids)
         out = self.decoder(
             input_ids=input_ids,
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
+            use_cache=cache is not None,
+            **(cache or {}),
             **(rows.arguments(self.context) if rows is not None else padding),
         )
         return self.head(out.last_hidden_state, targets)

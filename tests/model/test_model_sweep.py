@@ -303,8 +303,8 @@ def test_windows_and_sinks_need_no_masks_where_a_kernel_for_rows_runs(tmp_path, 
     ids, cache = torch.arange(3, 63).view(2, 30), DynamicCache(config=own)
     with torch.no_grad():
         wanted = model(ids)
-        model(ids[:, :-1], past_key_values=cache)
-        assert share(model(ids[:, -1:], past_key_values=cache), wanted) < TOLERANCE
+        model(ids[:, :-1], cache={"past_key_values": cache})
+        assert share(model(ids[:, -1:], cache={"past_key_values": cache}), wanted) < TOLERANCE
 
 
 MERGED = ("gpt_oss", "qwen3_5_text", "granitemoe", "nemotron_h", "phi3", "mixtral", "gpt_neox")
