@@ -302,6 +302,7 @@ def _generator(model: Any, world: Any) -> Any:
 
     decoder = model.decoder
     accepted = inspect.signature(decoder.forward).parameters
+    is_masked = decoder._supports_sdpa  # else with sinks
 
     class Generator(GenerationMixin):
         """Tokens and logits are on the host, where every machine draws the same."""
@@ -312,15 +313,17 @@ def _generator(model: Any, world: Any) -> Any:
 
         def forward(self, input_ids, attention_mask=None, position_ids=None, **rest):
             hooks.beat("generate", world.rank)
-            padding, cache = {}, rest["past_key_values"]
-            if attention_mask is not None:  # rows of unlike lengths
+            padding, word = {}, "cache" if "cache" in rest else "past_key_values"  # to 5.23
+            cache, own = {word: rest[word]}, decoder.config._attn_implementation
+            if attention_mask is not None and not attention_mask.all():  # rows of unlike lengths
                 padding = {"attention_mask": attention_mask, "position_ids": position_ids}
                 padding = {name: padding[name] for name in padding if name in accepted}
-                if decoder.config._attn_implementation == PLAIN:
-                    decoder.config._attn_implementation = MASKED
-            logits_B1V = model(input_ids, past_key_values=cache, **padding).float().cpu()
+                if own == PLAIN:  # transformers' own attention knows sinks and padding
+                    decoder.config._attn_implementation = MASKED if is_masked else "eager"
+            logits_B1V = model(input_ids, cache=cache, **padding).float().cpu()
+            decoder.config._attn_implementation = own
             logits_B1V = world.from_first(logits_B1V)
-            return CausalLMOutputWithPast(logits=logits_B1V, past_key_values=cache)
+            return CausalLMOutputWithPast(logits=logits_B1V, **cache)
 
         __call__ = forward
 

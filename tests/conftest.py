@@ -23,8 +23,8 @@ if shutil.which("nvidia-smi") is None:  # kernels are tried by Triton's interpre
     ENVIRONMENT["TRITON_INTERPRET"] = "1"
 os.environ.update(ENVIRONMENT)
 # Files that take longest go first: what is left for the end is short, and two workers end together.
-LONGEST = ("kill_sweep", "quickstart", "shard", "bench", "reopen", "train_types", "doctor")
-LONGEST += ("strategies", "stream", "packed_batches", "fitting", "run", "resume", "launch")
+LONGEST = ("kill_sweep", "quickstart", "model_sweep", "shard", "resume", "streaming", "peers")
+LONGEST += ("train_types", "run", "fitting", "old_runs", "api", "strategies", "doctor", "bench")
 
 
 def _place(item: pytest.Item) -> int:

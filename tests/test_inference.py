@@ -267,11 +267,35 @@ def complete_by(model, tokenizer, rows, how):
     class Ours:
         decoder = model.model
 
-        def __call__(self, ids, past_key_values, **padding):
-            return model(ids, past_key_values=past_key_values, **padding).logits[:, -1:]
+        def __call__(self, ids, cache, **padding):
+            return model(ids, **cache, **padding).logits[:, -1:]
 
     world = SimpleNamespace(rank=0, device=model.device, from_first=lambda logits: logits)
     return inference.complete(Ours(), tokenizer, rows, how, world)
+
+
+@pytest.mark.parametrize("word", ("past_key_values", "cache"))  # to 5.23, and from 5.24 on
+def test_a_cache_goes_by_the_name_that_transformers_gives_it(monkeypatch, tmp_path, word):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, modeling_outputs
+
+    def generate(self, ids_BT, **rest):
+        seen.update(vars(self(ids_BT, **{word: "kept"})))
+        return ids_BT
+
+    class Model:
+        decoder = AutoModelForCausalLM.from_pretrained(tiny.save_model(tmp_path)).model
+
+        def __call__(self, ids, cache, **padding):
+            seen["given"] = cache
+            return self.decoder(ids).last_hidden_state
+
+    seen, world = {}, SimpleNamespace(rank=0, device="cpu", from_first=lambda logits: logits)
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    monkeypatch.setattr(modeling_outputs, "CausalLMOutputWithPast", SimpleNamespace)
+    tiny.save_tokenizer(tmp_path, [ASKED])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    inference.complete(Model(), tokenizer, [[1, 2]], inference.Sampling(3), world)
+    assert seen["given"] == {word: "kept"} and seen[word] == "kept"
 
 
 def test_tokens_are_drawn_as_transformers_draws_them(tmp_path):

@@ -5,8 +5,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from fsdp_qlora.data.sources import WORDS, is_unicode
-from fsdp_qlora.data.tokenizer import Refused
+from fsdp_qlora.data.sources import STRICT, WORDS, is_unicode
+from fsdp_qlora.data.tokenizer import REASONING, Refused
 from fsdp_qlora.errors import one_line
 
 CALL, ROLES = "function_call", WORDS["roles"]
@@ -14,6 +14,9 @@ CALL, ROLES = "function_call", WORDS["roles"]
 SWITCHES = ("weight", "loss", "train", "loss_weight")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 SYSTEM_COLUMNS = ("system", "system_prompt")
+# What is read of a message whatever the chat template is, or is looked for in what it writes.
+FIELDS = {"role", "content", "tool_calls", *REASONING}
+TEXT_PARTS = ("text", "input_text", "output_text")  # of a content in parts
 JSON_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text"}
 JSON_KINDS |= {type(None): "null", list: "a list"}
 
@@ -68,8 +71,8 @@ def system_message(row: dict) -> list[dict]:
     for name in SYSTEM_COLUMNS:
         if row.get(name) is not None:
             require_text(f'"{name}"', row[name])
-    texts = [row[name] for name in SYSTEM_COLUMNS if row.get(name)]
-    return [{"role": "system", "content": text} for text in texts[:1]]
+    texts = dict.fromkeys(row[name] for name in SYSTEM_COLUMNS if row.get(name))
+    return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
 
 
 def earlier_turns(row: dict) -> list[list[str]]:
@@ -105,9 +108,26 @@ def from_json(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
+        return STRICT.decode(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
         raise Refused(f'field "{name}" is not JSON') from error
+
+
+def objects(name: str, value: Any) -> list[dict]:
+    """Return objects that a row holds in a list, or JSON of each or of all.
+
+    Args:
+        name: of their field.
+        value: null for none.
+
+    Raises:
+        Refused: they are something else.
+    """
+    found = from_json(name, value) or []
+    found = [from_json(name, entry) for entry in found] if isinstance(found, list) else found
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise Refused(f'field "{name}" is {kind(found)} (want a list of objects)')
+    return found
 
 
 def read_messages(name: str, entries: object) -> list[dict]:
@@ -131,8 +151,8 @@ def _message(number: int, entry: object) -> dict:
     if not isinstance(entry, dict):
         raise Refused(f"message {number} is {kind(entry)} (want an object with role and content)")
     others = {name: value for name, value in entry.items() if value is not None}
-    role, said = others.pop("from", None), others.pop("value", None)
-    role, content = others.pop("role", role), others.pop("content", said)
+    role = others.pop("role" if "role" in others else "from", None)
+    content = others.pop("content" if "content" in others else "value", None)
     spelled = role.lower().replace("-", "_") if isinstance(role, str) else None
     if spelled not in ROLES:
         want, shown = "want system, user, assistant or tool", one_line(str(role))[:30]
@@ -141,20 +161,25 @@ def _message(number: int, entry: object) -> dict:
         if others.get(name) not in (None, 0, 1):
             shown = one_line(str(others[name]))[:30]
             raise Refused(f"message {number} {name} is {shown} (want 0 or 1)")
-    if isinstance(content, list):
-        parts = [p.get("text", p.get("value")) if isinstance(p, dict) else None for p in content]
-        if all(isinstance(part, str) for part in parts):
-            content = "".join(map(str, parts))
-    if isinstance(others.get(CALL), dict):  # OpenAI's form before tool_calls
-        call = {"type": "function", "function": others.pop(CALL)}
-        others.setdefault("tool_calls", [call])
-    calls = from_json("tool_calls", others.get("tool_calls"))
+    content, *thoughts = (_joined(part) for part in (content, *map(others.get, REASONING)))
+    others |= {name: said for name, said in zip(REASONING, thoughts, strict=True) if said}
+    old = None if others.get("tool_calls") else from_json(CALL, others.pop(CALL, None))
+    if old:  # OpenAI's form before tool_calls
+        others["tool_calls"] = [{"type": "function", "function": old}]
+    calls = objects(f"tool_calls of message {number}", others.get("tool_calls"))
     if calls:
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise Refused(f"message {number} tool_calls is {kind(calls)} (want a list of calls)")
         others["tool_calls"], content = calls, "" if content is None else content
     require_text(f"message {number} content", content)
     return {**others, "role": ROLES[spelled], "content": content}
+
+
+def _joined(parts: Any) -> Any:
+    """The text of a content in parts, where all of them are text."""
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        return parts
+    are_text = all((part.get("type") or "text") in TEXT_PARTS for part in parts)
+    found = [part.get("text", part.get("value")) for part in parts]
+    return "".join(found) if are_text and all(isinstance(text, str) for text in found) else parts
 
 
 def call_message(message: dict, is_known: bool) -> dict:
@@ -180,8 +205,8 @@ def call_message(message: dict, is_known: bool) -> dict:
 def as_object(arguments: Any) -> Any:
     """Return arguments of a call as an object where they are one in JSON."""
     with contextlib.suppress(TypeError, ValueError, RecursionError):
-        if isinstance(found := json.loads(arguments), dict):
-            return found
+        if isinstance(json.loads(arguments), dict):
+            return from_json("arguments", arguments)
     return arguments
 
 

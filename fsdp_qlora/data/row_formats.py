@@ -20,6 +20,7 @@ KWARGS = "chat_template_kwargs"
 HISTORY = "history"
 LABEL_PROMPT = "Find what the text names and answer with the labels as JSON."
 NOT_TRAINED = -100
+NOTHING: tuple[Any, ...] = (None, "", [], {})  # in a column
 CHAT, BLOCKS, LABEL, TEXT = "chat", "blocks", "label", "text"
 TOKENS, OWN = "tokens", "own template"
 # Columns of preferences: a chosen and a rejected answer; whether an answer is a good one.
@@ -107,6 +108,12 @@ def suggested(row: object) -> str:
         return "dpo"
     found = match(without(row, LABELS)) if any(type(row.get(n)) is bool for n in LABELS) else None
     return "kto" if found is not None and found.name != TEXT else ""
+
+
+def _is_heeded(name: str, value: Any, role: str) -> bool:
+    """Whether a field of a message is empty, or a switch that is used or asks for nothing."""
+    is_due = not value or role in ("assistant", chats.CALL)
+    return value in NOTHING or (name in chats.SWITCHES and is_due)
 
 
 def without(row: dict, names: Collection[str]) -> dict:
@@ -274,10 +281,11 @@ class RowFormatter:
         used |= self.row_template.variables if self.row_template is not None else set()
         used |= {*TOOL_COLUMNS, KWARGS} if self._as_chat(found) else set()
         if found.name == CHAT and found.messages is not None:
-            asked = [m for m in found.messages(row) if m["role"] not in ("assistant", chats.CALL)]
-            switched = ((n, m["role"]) for m in asked for n in chats.SWITCHES if m.get(n))
-            names = list(dict.fromkeys(f"{name} of {role} messages" for name, role in switched))
-        given = (name for name, value in row.items() if value not in (None, "", [], {}))
+            known = chats.FIELDS | self.chat.fields - {*chats.SWITCHES}
+            every = ((n, v, m["role"]) for m in found.messages(row) for n, v in m.items())
+            lost = (at for at in every if at[0] not in known and not _is_heeded(*at))
+            names = list(dict.fromkeys(f"{name} of {role} messages" for name, _, role in lost))
+        given = (name for name, value in row.items() if value not in NOTHING)
         return [str(name) or "(unnamed)" for name in given if name not in used] + names
 
     def name(self, row: object) -> str:
@@ -509,10 +517,9 @@ def chat_values(row: dict) -> dict[str, Any]:
     own = chats.from_json(KWARGS, row.get(KWARGS)) or {}
     if not isinstance(own, dict):
         raise Refused(f'field "{KWARGS}" is {chats.kind(own)} (want an object)')
-    tools = chats.from_json("tools", row.get("tools"))
-    functions = row.get("functions")
-    if not tools and isinstance(functions, list):
-        tools = [{"type": "function", "function": function} for function in functions]
+    functions = chats.objects("functions", row.get("functions"))
+    older = [{"type": "function", "function": function} for function in functions]
+    tools = chats.objects("tools", row.get("tools") or own.get("tools")) or older
     return {k: v for k, v in own.items() if v is not None} | {"tools": tools or None}
 
 

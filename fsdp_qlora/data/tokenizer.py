@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
 
 from fsdp_qlora import arch, atomic
 from fsdp_qlora.data.sources import LONGEST_ROW, WORDS
@@ -36,7 +36,7 @@ Span = tuple[int, int]
 # Names of what the assistant thought, as transformers knows them.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 END_OF_THOUGHT = "</think>"
-SET_BY_US = {"messages", "tools", "documents", "add_generation_prompt"}
+SET_BY_US = {"messages", "tools", "add_generation_prompt"}
 # What templates, JSON and Python write in several ways.
 NO_WORDS = re.compile(r"</?think>|\\u00[01][0-9a-f]|\\[bfnrt]|[\s\x00-\x1f\x7f\\\"']")
 LONGEST_RENDER_S = 30  # of one row
@@ -114,6 +114,8 @@ class Template:
             rule = f"is not a Jinja template ({brief(error)})"
             raise UserError(f"{place}:{line}" if line else place, rule, "correct it") from error
         self.variables = meta.find_undeclared_variables(tree)
+        found = tree.find_all((nodes.Getattr, nodes.Const))  # message.name and message["name"]
+        self.fields = {str(getattr(n, "attr", "") or getattr(n, "value", "")) for n in found}
 
     def _product(self, context: Any, sign: str, left: Any, right: Any) -> Any:
         """What the sandbox computes, were it not too much for the host."""
@@ -180,6 +182,7 @@ class Chat(Template):
     ) -> None:
         super().__init__(source, names, place)
         self.with_tools = self if tool_source is None else Template(tool_source, names, place)
+        self.fields |= self.with_tools.fields
 
     def chosen(self, tools: Any) -> Template:
         """Return the template of a conversation: a tokenizer may have one for tools."""
@@ -290,7 +293,8 @@ def find_lost(
         when the model is used; ("dropped", which) for anything else.
     """
     named = [tool.get("function", tool) for tool in tools or () if isinstance(tool, dict)]
-    names = [str(tool["name"]) for tool in named if isinstance(tool, dict) and "name" in tool]
+    called = (tool.get("name", tool) if isinstance(tool, dict) else tool for tool in named)
+    names = [name for tool in called for name in _leaves(tool)]
     said = [_Said("tools", names, []), *map(_said, messages[: end + 1], itertools.count(1))]
     plain = [_plain(text.text) for text in texts]
     held = ["\0".join(map(_plain, entry.pieces)) for entry in said]
@@ -324,7 +328,8 @@ class _Said(NamedTuple):
 
 def _said(message: dict, number: int) -> _Said:
     content = message["content"]
-    thoughts = [message[name] for name in REASONING if isinstance(message.get(name), str)][:1]
+    every = (part for name in REASONING for part in _leaves(message.get(name)))
+    thoughts = list(dict.fromkeys(every))
     if message["role"] == "assistant" and END_OF_THOUGHT in content:
         thought, _, content = content.rpartition(END_OF_THOUGHT)
         thoughts.append(thought)
@@ -332,7 +337,7 @@ def _said(message: dict, number: int) -> _Said:
     for call in message.get("tool_calls") or ():
         call = call.get("function", call) if isinstance(call, dict) else call
         if isinstance(call, dict):
-            call = {name: call.get(name) for name in ("name", "arguments")}
+            call = {name: part for name, part in call.items() if name not in ("id", "type")}
         pieces += _leaves(call)
     which = f"message {number} ({message['role']})"
     is_usual = message["role"] in ("user", "assistant")

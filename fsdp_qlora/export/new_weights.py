@@ -477,7 +477,7 @@ def logits(base: TrainedBase, ids: list[list[int]], tell: Callable[[], Any] = bo
             holder.register_forward_hook(partial(_drop, module))
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList))
     for layer in next((m for m in lists if len(m) == base.info.num_layers), ()):
-        layer.register_forward_hook(lambda *_: tell() or None)
+        layer.register_forward_hook(partial(_leave_layer, tell))
     # Causal: the padding behind is not seen.
     batch_BT = nn.utils.rnn.pad_sequence(list(map(torch.tensor, ids)), batch_first=True)
     out = model(input_ids=batch_BT.to(base.device), use_cache=False).logits
@@ -487,6 +487,11 @@ def logits(base: TrainedBase, ids: list[list[int]], tell: Callable[[], Any] = bo
 def _bring(own: dict[str, str], base: TrainedBase, module: nn.Module, *_: Any) -> None:
     for part, name in own.items():
         module._parameters[part] = nn.Parameter(base.read(name).float(), requires_grad=False)
+
+
+def _leave_layer(tell: Callable[[], Any], *_: Any) -> None:
+    tell()
+    hardware.release_freed_memory()  # that reading threads have freed: else all layers add up
 
 
 def _drop(module: nn.Module, *_: Any) -> None:

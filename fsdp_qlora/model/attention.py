@@ -150,10 +150,14 @@ class Cut(NamedTuple):
         return cls(tuple(made))
 
     @classmethod
-    def whole(cls, num_queries: int, num_keys: int, device: torch.device) -> "Cut":
-        """The last tokens of one row, over all of it."""
-        ends = torch.tensor([[0, num_queries], [0, num_keys]], dtype=torch.int32, device=device)
-        return cls((Piece(slice(num_keys), (*ends, num_queries, num_keys)),))
+    def whole(cls, query: torch.Tensor, key: torch.Tensor, bounds, longest: int) -> "Cut":
+        """All rows, by their bounds; or the last tokens of each, [B, N, T, D], over all of it."""
+        lengths = bounds, bounds, longest, longest
+        if bounds is None:
+            ends = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+            nums = query.shape[2], key.shape[2]
+            lengths = ends * nums[0], ends * nums[1], *nums
+        return cls((Piece(slice(len(key) * key.shape[2]), lengths),))
 
     def gather(self, own: torch.Tensor) -> torch.Tensor:
         """The tokens of all ranks in their order, [T, ...], of this rank's, [T / ranks, ...]."""
@@ -180,7 +184,8 @@ class Cut(NamedTuple):
 
 aten = torch.ops.aten
 PLAIN = "fsdp_qlora_causal"  # names by which transformers finds `attend`, without masks
-MASKED = "fsdp_qlora_masked"  # and with masks, for sliding windows
+MASKED = "fsdp_qlora_masked"  # and with masks
+TRIAL = "fsdp_qlora_trial"  # and to find out whether masks are needed
 WINDOWS = ("sliding_window", "attention_chunk_size")  # keys of a config
 HEAD_SIZES = range(8, 257, 8)
 # Keywords of which `attend` knows what they ask for; masks hold what the rest of them says.
@@ -203,16 +208,52 @@ def register(config, has_row_kernel: bool) -> str:
     Returns:
         The name to build it with.
     """
-    for name in (PLAIN, MASKED):
-        AttentionInterface.register(name, attend)
+    AttentionInterface.register(PLAIN, attend)
+    AttentionInterface.register(MASKED, partial(attend, has_masks=True))
+    AttentionInterface.register(TRIAL, _look)
     AttentionMaskInterface.register(MASKED, sdpa_mask)
+    AttentionMaskInterface.register(TRIAL, _mark)
     kinds = set(getattr(config, "layer_types", None) or ())
     has_window = any(getattr(config, name, None) for name in WINDOWS) and not kinds
     needs_masks = not has_row_kernel or has_window or kinds - {"full_attention"}
     return MASKED if needs_masks else PLAIN
 
 
-def attend(module, query, key, value, attention_mask, **kwargs):
+class KnownAttention(Exception):
+    """A layer's attention computes what the kernel for rows does."""
+
+
+def _mark(mask_function: Callable, **_: Any) -> torch.Tensor:
+    """In the place of a mask: what it is made by."""
+    mark = torch.empty(1, 1, 1, 1, device="meta")
+    mark.sees = mask_function  # type: ignore[attr-defined]
+    return mark
+
+
+def _look(module, query, key, value, attention_mask, **kwargs):
+    """Compare the window that a module asks for with its mask's.
+
+    Raises:
+        KnownAttention: they are the same, and it asks for no more than the kernel computes.
+        ValueError: they are not, or it does.
+    """
+    window = kwargs.get("sliding_window") or 2**40
+    ends = torch.tensor([1, 300, 2**30, min(window, 2**30)])  # further than any chunk is long
+    at = torch.cat([ends - 1, ends, ends + 1, 2 * ends])
+    ago, zero = at[:, None] - at, torch.zeros((), dtype=torch.long)
+    is_same = attention_mask.sees(zero, zero, at[:, None], at) == ((ago >= 0) & (ago < window))
+    width = query.shape[-1]
+    is_odd = width not in HEAD_SIZES or width < value.shape[-1] or kwargs.get("dropout")
+    if is_odd or _unknown(kwargs) or not is_same.all():
+        raise ValueError("masks are needed")
+    raise KnownAttention
+
+
+def _unknown(kwargs: dict) -> list[str]:
+    return [key for key in kwargs if key not in KEYWORDS and kwargs[key] is not None]
+
+
+def attend(module, query, key, value, attention_mask, has_masks=False, **kwargs):
     """Attention as transformers calls it: its own SDPA, unless the layer keeps the result.
 
     Args:
@@ -220,6 +261,7 @@ def attend(module, query, key, value, attention_mask, **kwargs):
         query: [B, N, T, D].
         key, value: [B, N or fewer, T, D].
         attention_mask: None = causal.
+        has_masks: masks say what rows and windows a token sees, and the keywords nothing.
         kwargs: as transformers has them (dropout, scaling, is_causal, ...).
 
     Returns:
@@ -228,31 +270,30 @@ def attend(module, query, key, value, attention_mask, **kwargs):
     Raises:
         UserError: a keyword asks for what is not computed here (code 2).
     """
-    unknown = [key for key in kwargs if key not in KEYWORDS and kwargs[key] is not None]
-    bounds, has_sinks = kwargs.get("cu_seq_lens_q"), kwargs.get("s_aux") is not None
-    if has_sinks and kwargs.get("cut") is None:
-        if query.shape[0] == 1 and bounds is None:
-            kwargs["cut"] = Cut.whole(query.shape[2], key.shape[2], query.device)
-        else:
-            unknown.append("s_aux")
+    unknown, bounds = _unknown(kwargs), kwargs.get("cu_seq_lens_q")
+    window, sinks = kwargs.get("sliding_window"), kwargs.get("s_aux")
+    longest = kwargs.get("max_length_k") or key.shape[2]
+    is_joint = kwargs.get("branches") is not None or kwargs.get("cut") is not None
+    has_all = attention_mask is None and not has_masks  # the keywords say what a token sees
+    if not is_joint and not (has_all and (window or longest) < longest):
+        window = None
+    has_more = window or sinks is not None
+    if sinks is not None and (sinks.requires_grad or not (has_all or is_joint)):
+        unknown.append("s_aux")
     if unknown:
         rule = f"{type(module).__name__} wants {unknown[0]}, which it does not compute"
         raise UserError("--attn sdpa", rule, "use --attn eager")
     saved = getattr(module, "saved", None)
-    if kwargs.get("branches") is not None or kwargs.get("cut") is not None:
+    if is_joint or (has_all and (has_more or bounds is not None)):
+        if has_more and not is_joint:
+            kwargs["cut"] = Cut.whole(query, key, bounds, longest)
         if query.device.type == "cpu":
-            key, value = (
-                t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value)
-            )
-        kwargs["window"] = _window(module, query, value, kwargs)
-        width = value.shape[-1]
-        if width == query.shape[-1]:
-            return _attend_rows(query, key, value, kwargs, bounds, saved), None
-        # Of latent attention (DeepSeek): kernels want both alike.
-        value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
+            num_groups = query.shape[1] // key.shape[1]
+            key, value = (t.repeat_interleave(num_groups, 1) for t in (key, value))
+        width, kwargs["window"] = value.shape[-1], window
+        if width < query.shape[-1]:  # of latent attention (DeepSeek): kernels want both alike
+            value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
         return _attend_rows(query, key, value, kwargs, bounds, saved)[..., :width], None
-    if bounds is not None and attention_mask is None and query.device.type == "cuda":
-        return _attend_rows(query, key, value, kwargs, bounds, saved), None
     is_plain = attention_mask is None and not kwargs.get("dropout")
     is_plain = is_plain and query.shape[2] == key.shape[2] and query.shape[2] > 1
     scale = kwargs.get("scaling")
@@ -268,41 +309,22 @@ def attend(module, query, key, value, attention_mask, **kwargs):
 
 
 def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor:
-    """Attention inside each row of the one sequence, [1, T, N, D]."""
-    rest = {"bounds": bounds, "longest": kwargs.get("max_length_q")}
-    kernel = partial(_rows, **rest), partial(_rows_backward, **rest)
+    """Attention inside each row, [B, T, N, D]."""
+    rest: dict[str, Any] = {"bounds": bounds, "longest": kwargs.get("max_length_q")}
     if kwargs.get("cut") is not None:
         rest = {name: kwargs[name] for name in ("cut", "window")}
         forward = partial(_gathered, **rest, sinks=kwargs.get("s_aux"))
         kernel = forward, partial(_gathered_backward, **rest)
     elif kwargs.get("branches") is not None:
-        if kwargs["window"]:
+        if kwargs["window"] or kwargs.get("s_aux") is not None:
             raise ValueError("a window may end inside a prompt that other rows go on from")
         rest["branches"] = kwargs["branches"]
         kernel = partial(_joined, **rest), partial(_joined_backward, **rest)
-    query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
-    return _run(query, key, value, kwargs.get("scaling"), kernel, saved).unsqueeze(0)
-
-
-def _window(module, query, value, kwargs: dict) -> int | None:
-    """How many tokens up to itself a token sees; None: all in its row.
-
-    Raises:
-        UserError: that is not known, or no kernel for rows does it (code 2).
-    """
-    window = kwargs.get("sliding_window") or None
-    if kwargs.get("cut") is None:
-        return window
-    config, kinds = module.config, getattr(module.config, "layer_types", None)
-    is_short = any(getattr(config, name, None) for name in WINDOWS)
-    if kinds:
-        is_short = kinds[module.layer_idx] != "full_attention"
-    is_odd = query.shape[-1] < value.shape[-1] or query.shape[-1] not in HEAD_SIZES
-    is_odd |= getattr(kwargs.get("s_aux"), "requires_grad", False)
-    if is_odd or is_short != (window is not None) or kwargs.get("dropout"):
-        rule = f"{type(module).__name__} attends in a way that is not known for cut rows"
-        raise UserError("--context_parallel", rule, "use --context_parallel 1")
-    return window
+    else:
+        kernel = partial(_rows, **rest), partial(_rows_backward, **rest)
+    num, scale = len(query), kwargs.get("scaling")
+    query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+    return _run(query, key, value, scale, kernel, saved).unflatten(0, (num, -1))
 
 
 def _run(query, key, value, scale, kernel, saved) -> torch.Tensor:
@@ -350,18 +372,14 @@ def _cudnn_backward(
 
 
 def _rows(query, key, value, scale, bounds, longest) -> tuple[torch.Tensor, ...]:
-    lengths = bounds, bounds, longest, longest
-    out = aten._flash_attention_forward(query, key, value, *lengths, 0.0, True, False, scale=scale)
-    return out[:4]
+    return _varlen(query, key, value, (bounds, bounds, longest, longest), True, scale)
 
 
 def _rows_backward(
     grad_out, query, key, value, out, log_sum, *state, scale, bounds, longest
 ) -> tuple[torch.Tensor, ...]:
-    lengths = bounds, bounds, longest, longest
-    return aten._flash_attention_backward(
-        grad_out, query, key, value, out, log_sum, *lengths, 0.0, True, *state, scale=scale
-    )
+    rest = (bounds, bounds, longest, longest), True, scale, state
+    return _varlen_backward(grad_out, query, key, value, out, log_sum, *rest)
 
 
 def _joined(query, key, value, scale, bounds, longest, branches) -> tuple[torch.Tensor, ...]:

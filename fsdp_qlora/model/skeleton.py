@@ -4,6 +4,8 @@ Kernels are chosen here: dtype, attention, and Liger's fused RMSNorm, RoPE, SwiG
 """
 
 import contextlib
+import copy
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -11,7 +13,6 @@ import math
 import sys
 from collections import UserDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,13 +28,13 @@ from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
 from fsdp_qlora.model import lora, visit
-from fsdp_qlora.model.attention import register
+from fsdp_qlora.model.attention import MASKED, PLAIN, TRIAL, KnownAttention, register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
 from fsdp_qlora.model.experts import OTHER_MODEL, QuantizedExperts, replace_experts
 from fsdp_qlora.model.head import LossHead
 from fsdp_qlora.model.layer import DecoderBlock, Offload, TrainedLayer
 from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layouts
-from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, trained_whole, whole_layer_bytes
+from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, is_eager, trained_whole, whole_layer_bytes
 
 LARGE = 2**26  # elements: more than any table that a model makes for itself
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 MAJORS = {"fp8": (9, 10), "int8": (8, 9, 12)}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class KernelChoice:
     """What a run computes with.
 
@@ -53,6 +54,7 @@ class KernelChoice:
         dtype: of matmuls and activations.
         attention: transformers' name of the implementation.
         has_row_kernel: flash attention over rows that lie one after the other runs on the device.
+            On a CPU, which makes masks of windows, for sinks and for cut rows, where asked.
         use_liger: exchange RMSNorm, RoPE and SwiGLU for Liger's.
         matmul: row of matmul.CODES of large frozen matmuls, or "bf16".
         note: one line for the user, with the reasons.
@@ -78,12 +80,14 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
         extra: ModelInfo.attention_extra, which SDPA leaves out.
     """
     has_gpu = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if has_gpu else (0, 0)
+    has_rows = capability >= (8, 0) and cfg.compute_dtype != "float32"
     attention, attention_why = cfg.attn, "as asked"
     if cfg.attn == "auto":
         is_installed = has_gpu and importlib.util.find_spec("flash_attn") is not None
         has_flash = is_installed and extra in ("", "soft-capped")
-        attention = "flash_attention_2" if has_flash else "eager" if extra else "sdpa"
-        attention = attention if cfg.context_parallel == 1 else "sdpa"
+        attention = "eager" if is_eager(cfg, extra, "cuda" if has_rows else "cpu") else "sdpa"
+        attention = "flash_attention_2" if has_flash and cfg.context_parallel == 1 else attention
         missing = "flash-attn not installed" if has_gpu else "no GPU"
         attention_why = "installed" if is_installed else missing
         attention_why += f", {extra}" * bool(extra)
@@ -92,9 +96,7 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     liger_why = "as asked" if cfg.liger == "off" else "not installed" if has_gpu else "no GPU"
     note = f"{cfg.compute_dtype}, attention {attention} ({attention_why}), Liger "
     note += "on" if use_liger else f"off ({liger_why})"
-    capability = torch.cuda.get_device_capability(device) if has_gpu else (0, 0)
-    has_rows = capability >= (8, 0) and cfg.compute_dtype != "float32"
-    if cfg.context_parallel > 1:
+    if (context := cfg.context_parallel) > 1:
         note += f", rows cut over {cfg.context_parallel} ranks"
         if has_gpu and not has_rows:
             rule = "the kernel for cut rows needs 16 bit and a GPU of 2020 (Ampere) or newer"
@@ -108,6 +110,7 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     if majors:
         note += f", frozen matmuls of {MIN_TOKENS_8_BIT:,} tokens and more in {cfg.matmul}"
     way = cfg.matmul if majors else "bf16"
+    has_rows |= not has_gpu and attention == "sdpa" and (extra == "sinks" or context > 1)
     choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, way
     return KernelChoice(*choice, note)
 
@@ -257,7 +260,7 @@ class QuantizedModel(nn.Module):
         return self.head(hiddens, [group.targets for group in groups])
 
     def forward(
-        self, input_ids: Any, targets=None, past_key_values=None, rows=None, **padding
+        self, input_ids: Any, targets=None, cache: dict | None = None, rows=None, **padding
     ) -> Any:
         """Compute the loss of a batch, or the logits of its last token.
 
@@ -266,7 +269,7 @@ class QuantizedModel(nn.Module):
                 attention never sees it, so no mask is passed and the flash kernels stay usable.
                 Or a list of RowGroups, which pass each layer together; nothing else then.
             targets: Targets that are trained; None for logits.
-            past_key_values: a transformers Cache to generate with.
+            cache: name of the argument -> a transformers Cache to generate with.
             rows: RowBounds, of rows that lie one after the other in the one sequence; or None.
             padding: attention_mask and position_ids of rows that are padded on the left.
 
@@ -278,8 +281,8 @@ class QuantizedModel(nn.Module):
             return self._visit(input_ids)
         out = self.decoder(
             input_ids=input_ids,
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
+            use_cache=cache is not None,
+            **(cache or {}),
             **(rows.arguments(self.context) if rows is not None else padding),
         )
         return self.head(out.last_hidden_state, targets)
@@ -303,18 +306,13 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     config, chosen = transformers_config(info), choose_kernels(cfg, device, info.attention_extra)
     config.use_cache, attention = False, chosen.attention
     if attention == "sdpa":
-        attention = register(config, chosen.has_row_kernel)
+        attention = register(config, chosen.has_row_kernel and not info.attention_extra)
     try:
         hf_model = on_meta(config, chosen.dtype, attention).requires_grad_(False)
     except KeyError as error:
         rule = f"model type {info.model_type} has attention classes of its own ({error})"
         raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
     head = _loss_head(hf_model, info)
-    is_indexed = info.attention_extra == "indexed"
-    is_known = hf_model._supports_sdpa or cfg.context_parallel > 1  # then a trial tells
-    if chosen.attention == "sdpa" and (is_indexed or not is_known):
-        rule = f"computes otherwise than the attention of model type {info.model_type}"
-        raise UserError("--attn sdpa", rule, "use --attn eager")
     names = stored_names(hf_model, info)
     inside = {at: name for name, at in names.items()}  # name in the files -> in the model
     known = (INDEXED.fullmatch(inside.get(at, "")) for at in info.linear_places())
@@ -322,11 +320,14 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     if prefix is None:
         got, rule = f"weights named {info.layers_prefix}.0", f"are no part of {info.model_type}"
         raise UserError(got, rule, "save the model with its head, as AutoModelForCausalLM")
+    layers = cast(nn.ModuleList, hf_model.get_submodule(prefix))
+    if chosen.attention == "sdpa" and not _is_known(hf_model, layers, chosen, info, cfg):
+        return build(info, dataclasses.replace(cfg, attn="eager"), device)
     if chosen.use_liger:
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
     whole, master = trained_whole(info, cfg), getattr(torch, cfg.master_dtype)
-    layers, cache = cast(nn.ModuleList, hf_model.get_submodule(prefix)), LayerCache(chosen.matmul)
+    cache = LayerCache(chosen.matmul)
     params = [hf_model.get_parameter(inside.get(name, name)) for name in whole.root]
     for index, layer in enumerate(layers):
         is_whole = index in whole.layers
@@ -343,6 +344,39 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     model = QuantizedModel(_decoder(hf_model)[1], head, layouts, chosen)
     model.tensors, model.layers_prefix = _places(hf_model, head, names), info.outer_name(prefix)
     return model.train()
+
+
+def _is_known(
+    hf_model: Any, layers: nn.ModuleList, chosen: KernelChoice, info: ModelInfo, cfg: TrainConfig
+) -> bool:
+    """Whether attention can stay as chosen; a refusal where the user has chosen it."""
+    has_masks = hf_model.config._attn_implementation == MASKED
+    spares = has_masks and chosen.has_row_kernel and _spare_masks(hf_model, layers)
+    is_cut, got = cfg.context_parallel > 1, f"attention of model type {info.model_type}"
+    if is_cut and has_masks and not spares:
+        raise UserError(got, "is not known for cut rows", "use --context_parallel 1")
+    if info.attention_extra != "indexed" and (hf_model._supports_sdpa or is_cut or spares):
+        return True
+    if info.attention_extra == "sinks" and cfg.attn == "auto":
+        return False
+    raise UserError("--attn sdpa", f"computes otherwise than the {got}", "use --attn eager")
+
+
+def _spare_masks(hf_model: Any, layers: nn.ModuleList) -> bool:
+    """Build no masks where each layer asks for its window itself; say whether that is so."""
+    config = _decoder(hf_model)[1].config
+    decoder, layers = copy.deepcopy((_decoder(hf_model)[1], layers))  # rotary tables may change
+    decoder.to("meta").config._attn_implementation = TRIAL
+    embeds = torch.zeros(1, 2, config.hidden_size, dtype=hf_model.dtype, device="meta")
+    inputs = {"inputs_embeds": embeds, "attention_mask": embeds[..., 0].bool()}
+    with contextlib.suppress(Exception):  # of code that needs numbers, or that asks for more
+        _, calls = visit.take_apart(decoder, layers, False, inputs)
+        for layer, call in zip(layers, calls, strict=True):
+            with contextlib.suppress(KnownAttention):
+                layer(embeds, *call.args, **call.kwargs)
+                return False
+        config._attn_implementation = PLAIN
+    return config._attn_implementation == PLAIN
 
 
 def _places(

@@ -233,6 +233,20 @@ def has_adapters(cfg: TrainConfig) -> bool:
     return TRAIN_TYPES[cfg.train_type].adapter in ("lora", "dora")
 
 
+def is_eager(cfg: TrainConfig, extra: str, kind: str) -> bool:
+    """Whether attention is transformers' own, which keeps all scores.
+
+    Args:
+        cfg: attn, context_parallel, train_type, compute_dtype.
+        extra: see ModelInfo.attention_extra.
+        kind: where a run computes: "cuda", or "cpu" for all that has no kernel for rows.
+    """
+    has_kernel = extra == "sinks" and kind == "cuda" and has_adapters(cfg)
+    has_kernel &= cfg.compute_dtype != "float32"
+    has_kernel |= extra == "" or cfg.context_parallel > 1
+    return cfg.attn == "eager" or (cfg.attn == "auto" and not has_kernel)
+
+
 def trained_whole(info: ModelInfo, cfg: TrainConfig) -> TrainedWhole:
     """Find what a run trains whole.
 
@@ -597,8 +611,7 @@ class Sizes:
         self.lora, self.magnitudes = counts.adapters, counts.magnitudes
         self.whole, self.trained_root = counts.layer, counts.root
         self.item, self.master = DTYPE_BYTES[cfg.compute_dtype], DTYPE_BYTES[cfg.master_dtype]
-        is_extra = info.attention_extra != "" and cfg.context_parallel == 1
-        self.is_eager = cfg.attn == "eager" or (cfg.attn == "auto" and is_extra)
+        self.is_eager = is_eager(cfg, info.attention_extra, kind)
         self.caps_logits = bool(info.config.get("final_logit_softcapping"))
         self.file_bytes = _bytes_in_memory(info.path)
         self.is_kept_whole = self._keeps_whole(1)

@@ -118,8 +118,14 @@ def audit(directory, rows, template, *flags):
          ROLES, "message 3 (system) 'B.'"),
         (TOOL_ROW["messages"][:2], ROLES + "Oslo 3", "message 2 (assistant) 'weather'"),
         (TOOL_ROW["messages"], TOOL_USE, "tools 'weather'"),
+        ([*chat("17?", "51")[:1], {**chat("", "5")[1], "thinking": "A", "reasoning_content": "B"}],
+         THINKING, "the reasoning of message 2 (assistant) 'A'"),
+        ([*chat("17?"), {**chat("", "5")[1], "reasoning": [{"type": "text", "text": "So"}]}],
+         ROLES, "the reasoning of message 2 (assistant) 'So'"),
+        ([*chat("Hi"), {**chat("", "")[1], "tool_calls": [{"name": "f", "parameters": {"": "Y"}}]}],
+         ROLES + "f", "message 2 (assistant) 'Y'"),
     ],
-    ids=["reasoning", "field", "tool", "late system", "call", "tools"],
+    ids=["reasoning", "field", "tool", "late system", "call", "tools", "two", "parts", "other"],
 )  # fmt: skip
 def test_lost_text_is_refused_with_its_place_or_trained_with_leave(tmp_path, row, template, words):
     rows = [{"messages": row, "tools": [TOOL] if words.startswith("tools") else None}]

@@ -241,11 +241,15 @@ def test_a_question_asked_of_other_rows_is_itself_or_a_chat(choose):
         ({"conversations": [{"from": "human", "value": 1}]}, "message 1 content is a number"),
         (SHAREGPT | {"system": 1}, '"system" is a number'),
         ({"messages": [{"role": "user", "content": "", "weight": 0.5}]}, "weight is 0.5 (want 0"),
-        ({"messages": [turn("gpt", None, tool_calls="f()")]}, 'field "tool_calls" is not JSON'),
+        (
+            {"messages": [turn("gpt", None, tool_calls="f()")]},
+            '"tool_calls of message 1" is not JSON',
+        ),
         (
             {"messages": [turn("gpt", None, tool_calls="[1]")]},
-            "tool_calls is a list (want a list of",
+            "is a list (want a list of objects)",
         ),
+        ({"messages": [turn("user", [{"type": "image", "text": ""}])]}, "1 content is a list"),
         (ALPACA | {"system": 7}, '"system" is a number (want text)'),
         (ALPACA | {"history": "[oops"}, 'field "history" is not JSON'),
         (ALPACA | {"history": [["a"]]}, 'field "history" is a list (want a list of [question,'),
@@ -280,6 +284,34 @@ def test_tools_are_shown_to_the_template(choose, tmp_path):
         assert choose(str(path)).render(CHAT | {"tools": tools})[0].text == '[{"name": "f"}]Hi'
     with pytest.raises(Refused, match='"tools" is not JSON'):
         choose(str(path)).render(CHAT | {"tools": "[oops"})
+
+
+def test_tools_in_other_places_are_shown_too_and_no_others(choose, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ tools | tojson }}{{ messages[0].content }}")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    wanted = choose(str(path)).render(CHAT | {"tools": tools})
+    others = ({"tools": [json.dumps(tools[0])]}, {"chat_template_kwargs": {"tools": tools}})
+    for other in (*others, {"functions": '[{"name": "f"}]'}):
+        assert choose(str(path)).render(CHAT | other) == wanted
+    for wrong in ({"tools": tools[0]}, {"functions": ["f"]}, {"tools": '[{"a": 1, "a": 2}]'}):
+        with pytest.raises(Refused, match=r'field "(tools|functions)" is (a|not)'):
+            choose(str(path)).render(CHAT | wrong)
+
+
+def test_fields_of_messages_are_used_or_named(choose, tmp_path):
+    """Thoughts under another name, a second text, switches of others, tools of a message."""
+    others = {"thought": "So", "value": "Oh!", "trainable": False, "tools": [{"name": "f"}]}
+    row = {"messages": [turn("user", "Hi"), turn("assistant", "Oh.", **others, author=None)]}
+    assert choose().unused(row) == [f"{name} of assistant messages" for name in others]
+    path = tmp_path / "t.jinja"
+    path.write_text("{% for m in messages %}{{ m.thought }}{{ m['value'] }}{% endfor %}")
+    assert choose(str(path)).unused(row) == [
+        f"{name} of assistant messages" for name in [*others][2:]
+    ]
+    row = {"messages": CHAT["messages"], "system": "S", "system_prompt": "T"}
+    text, learned = written(choose(), row)
+    assert "S\n\nT<|im_end|>" in text and learned == ["Oh.<|im_end|>\n"]
 
 
 def test_a_message_that_is_switched_off_is_not_learned(choose, tmp_path):
@@ -411,15 +443,25 @@ def test_arguments_are_written_as_json_whatever_the_template_takes(choose, tmp_p
     old = calls(given)
     old[1] = turn("assistant", None, function_call=call(in_text)["function"])
     old[2] = turn("function", "rain", name="weather")
+    older = [*old]
+    older[1] = turn("assistant", "", function_call=json.dumps(call(in_text)["function"]))
     for row in (
         {"messages": calls(given)},
         {"messages": calls(in_text)},
         {"messages": [calls(0)[0], listed, *calls(0)[2:]]},
         {"messages": old},
+        {"messages": older},
         {"conversations": [*sharegpt, {"from": "gpt", "value": "Yes, é."}]},
     ):
         text, learned = written(choose(str(path)), row)
         assert text == wanted and learned == ['CALL weather {"city": "Åre"};', "Yes, é.;"]
+
+
+def test_arguments_that_hold_a_name_twice_are_refused(choose, tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text(TOJSON.replace("ARGS", "{{ c.function.arguments | tojson }}"))
+    with pytest.raises(Refused, match='field "arguments" is not JSON'):
+        choose(str(path)).render({"messages": calls('{"city": "Oslo", "city": "Bergen"}')})
 
 
 def test_calls_that_a_template_does_not_know_stay_text(choose):

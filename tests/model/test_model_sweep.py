@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 from fsdp_qlora import arch, config
 from fsdp_qlora.arch.targets import TURNED
@@ -22,7 +23,7 @@ from fsdp_qlora.data.batches import Batch, collate, flatten
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import model_files
-from fsdp_qlora.model import adapters, load, shard, weights
+from fsdp_qlora.model import adapters, attention, load, shard, skeleton, weights
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
 from fsdp_qlora.training import losses
@@ -279,6 +280,31 @@ def table(found: dict[str, Finding]) -> str:
         f"Of another task first, or with such a part: {', '.join(sorted(out))}.",
     ]
     return "\n".join(rows) + "\n"
+
+
+KERNEL = {"gpt_oss": True, "mistral": True, "mimo_v2_flash": True, "qwen2_moe": False}
+
+
+@pytest.mark.parametrize("name", KERNEL)
+def test_windows_and_sinks_need_no_masks_where_a_kernel_for_rows_runs(tmp_path, world, name):
+    """As on a GPU; a model that hands no window to its attention keeps its masks."""
+    usual = skeleton.choose_kernels
+
+    def choose(*args):
+        return dataclasses.replace(usual(*args), attention="sdpa", has_row_kernel=True)
+
+    with patch.object(skeleton, "choose_kernels", choose):
+        finding = judge_type(name, tmp_path, world)
+        assert finding.verdict == "equal" and "packing off" not in finding.note, finding
+        model, _, _ = build(config.parse([f"--model_name={tmp_path}", *FLAGS]), world)
+    tiny.fill_lora(model)
+    own = model.eval().decoder.config
+    assert (own._attn_implementation == attention.PLAIN) == KERNEL[name]
+    ids, cache = torch.arange(3, 63).view(2, 30), DynamicCache(config=own)
+    with torch.no_grad():
+        wanted = model(ids)
+        model(ids[:, :-1], cache={"past_key_values": cache})
+        assert share(model(ids[:, -1:], cache={"past_key_values": cache}), wanted) < TOLERANCE
 
 
 MERGED = ("gpt_oss", "qwen3_5_text", "granitemoe", "nemotron_h", "phi3", "mixtral", "gpt_neox")

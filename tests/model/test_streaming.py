@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,10 +12,9 @@ import torch
 from fsdp_qlora import atomic
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.placement import Streamer
-from tests import tiny, tiny_models
+from tests import tiny, tiny_models, warm
 from tests.ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 NUM_LAYERS = 7
 
 
@@ -176,22 +173,16 @@ def test_kill_9_of_all_ranks_leaves_no_shared_memory(tmp_path):
     before = _named()
     flags = ["--offload_impl=stream", "--dataset=dummy", "--dataset_samples=4000", "--world_size=2"]
     flags += [f"--model_name={path}", f"--output_dir={tmp_path / 'out'}", "--context_length=64"]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", "--precision=fp32", *flags],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    run = warm.start(["--precision=fp32", *flags], tmp_path)
     metrics, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
     while not (metrics.exists() and '"step": 2' in metrics.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert run.process.is_alive() and time.monotonic() < deadline
         time.sleep(0.2)
-    own = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+    own = {child.pid for child in psutil.Process(run.process.pid).children(recursive=True)}
     own &= _mappings("memfd:fsdp_qlora")  # other tests stream too
     copies = _copies(own)
     assert len(own) == 2 and len(copies) == 1  # both ranks map the one copy
     for pid in own:
         os.kill(pid, signal.SIGKILL)
-    process.wait(60)
+    run.wait(60)
     assert _mappings(copies.pop()) == set() and _left(before) == set()
