@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,10 +27,7 @@ INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>\w+)\.weight")
 JOINED = "gate_up_proj"  # of an expert, both projections in one
-FUSED = re.compile(
-    r"(?P<block>.+?)(\.experts)?\.((?P<up>gate_up_proj|up_proj|input_linear\.weight)"
-    r"|(?P<down>down_proj|output_linear\.weight))"
-)
+FUSED = re.compile(files.TABLE["patterns"]["fused"])
 EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj", JOINED), ("w1", "w3", "w2"))
 # Matrices that stay in 16 bit beside routers: gates of linear attention, one row a head.
 SMALL = ("in_proj_a", "in_proj_b", "in_proj_ba")
@@ -41,9 +37,7 @@ EMBEDDING = "model.embed_tokens.weight"  # of the types in LAYOUTS
 # Start of the layers' names in files of a model saved without its head -> what all names lack.
 BARE = {"layers.0.": "model.", "h.0.": "transformer.", "decoder.layers.0.": "model."}
 # Names of the text half in the files of a model that sees or hears too -> those of a text model.
-WRAPPED = re.compile(
-    r"(?:model\.language_model\.|language_model\.model\.|model\.(?=layers\.|embed_tokens|norm\.))(.+)"
-)
+WRAPPED = re.compile(files.TABLE["patterns"]["wrapped"])
 FORETELLING = re.compile(r"(model\.)?mtp(_\w+)?\.")
 WRAPPED_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 OWN_CONFIG = "take the model's own config.json"
@@ -190,7 +184,7 @@ class LayerShape:
     defaults: dict[str, int] = field(default_factory=dict)
 
 
-_TABLE = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
+_TABLE = {name: row for name, row in files.TABLE.items() if name != "patterns"}
 EXECUTION_ORDER, OTHER_NAMES = _TABLE.pop("execution_order"), _TABLE.pop("other_names")
 RENAMED, OUTER = _TABLE.pop("renamed"), {"llama4": "language_model.model."}
 ACTIVATIONS, DTYPES, ROPES = map(_TABLE.pop, ("activations", "dtypes", "ropes"))
@@ -651,8 +645,7 @@ def _checked_config(config: dict, model_name: str) -> dict:
     if "auto_map" in config and model_type not in LAYOUTS:
         rule = "wants its own code run (auto_map), which is never done"
         raise UserError(got, rule, f"take one of {', '.join(LAYOUTS)}")
-    defaults = LAYOUTS.get(model_type, LayerShape()).defaults
-    config = defaults | config
+    config = LAYOUTS.get(model_type, LayerShape()).defaults | config
     if "index_topk" in config:
         rule = "chooses the keys of each token by an indexer, which is not computed here"
         raise UserError(got, rule, "take another model")

@@ -134,13 +134,8 @@ def wishes(env: Mapping[str, str], num_ranks: int) -> dict[str, str]:
         env: environment of the user.
         num_ranks: ranks on this machine.
     """
-    wanted = {
-        "OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // num_ranks, 1)),
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-        "KINETO_LOG_LEVEL": "99",  # torch.profiler would tell of its own stages
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # of a rank that has gone its store warns the others
-    }
+    num_threads = max(len(os.sched_getaffinity(0)) // num_ranks, 1)
+    wanted = {"OMP_NUM_THREADS": str(num_threads)} | hardware.RANK_ENV
     if "PYTORCH_ALLOC_CONF" not in env:
         wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return {name: text for name, text in wanted.items() if name not in env}
