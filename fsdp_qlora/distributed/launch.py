@@ -115,9 +115,8 @@ def rank_env(env: Mapping[str, str], cfg: TrainConfig) -> dict[str, str]:
         port = 20000 + (job + 7919 * step) % 12000  # below those that the system gives away
         run = f"step {job}.{step} of Slurm"
     address = env.get("MASTER_ADDR", host), env.get("MASTER_PORT", str(cfg.master_port or port))
-    values = (rank, local, size, local_size, *address, run)
-    place = dict(zip((*NUMBERS, *MASTER, IDENTITY), values, strict=True))
-    return place | wishes(env, int(local_size))
+    own = (rank, local, size, local_size, *address, run)
+    return dict(zip((*NUMBERS, *MASTER, IDENTITY), own, strict=True)) | wishes(env, int(local_size))
 
 
 def _tasks_here(env: Mapping[str, str]) -> str:
@@ -227,9 +226,13 @@ def start(spec: RankSpec) -> Rank:
         return subprocess.Popen(spec.command, env=spec.env, start_new_session=True, **how)
 
 
-def tied_to_parent() -> Callable[[], None]:
-    """Return what a child runs before its program, so that it is killed when we die."""
-    libc, parent = ctypes.CDLL(None), os.getpid()
+def tied_to_parent(number: int = 0) -> Callable[[], None]:
+    """Return what a child runs before its program, so that it is killed when we die.
+
+    Args:
+        number: of the process that is its parent; 0: this one.
+    """
+    libc, parent = ctypes.CDLL(None), number or os.getpid()
 
     def tie() -> None:
         libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
