@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
 from fsdp_qlora.arch import LayerKind, ModelInfo
@@ -129,6 +130,9 @@ def apply_liger(hf_model: "PreTrainedModel") -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    kinds = set(map(type, hf_model.modules()))  # its kernels know one activation each
+    words = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
+    own |= {word: False for word, act in words.items() if type(ACT2FN[act]) not in kinds}
     experts = {type(module) for module in hf_model.modules() if hasattr(module, "is_transposed")}
     with contextlib.suppress(AttributeError):  # a mixture whose first layers are dense
         _apply_liger_kernel_to_instance(model=hf_model, **own)
@@ -305,6 +309,12 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     """
     config, chosen = transformers_config(info), choose_kernels(cfg, device, info.attention_extra)
     config.use_cache, attention = False, chosen.attention
+    # What is drawn would be another where a layer runs again; Phi-MoE's router computes with one.
+    words = ("drop", "input_jitter" if hasattr(config, "input_jitter_noise") else "jitter")
+    for name, value in vars(config).copy().items():
+        if type(value) is float and value and any(word in name for word in words):
+            setattr(config, name, 0.0)
+            chosen = dataclasses.replace(chosen, note=f"{chosen.note}, {name} {value} is off")
     if attention == "sdpa":
         attention = register(config, chosen.has_row_kernel and not info.attention_extra)
     try:
@@ -312,6 +322,8 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     except KeyError as error:
         rule = f"model type {info.model_type} has attention classes of its own ({error})"
         raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
+    for router in (m for m in hf_model.modules() if hasattr(m, "router_jitter_noise")):
+        router.eval().train = lambda *_: None  # in training it draws the experts
     head = _loss_head(hf_model, info)
     names = stored_names(hf_model, info)
     inside = {at: name for name, at in names.items()}  # name in the files -> in the model

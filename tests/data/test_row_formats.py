@@ -455,11 +455,6 @@ def test_arguments_are_written_as_json_whatever_the_template_takes(choose, tmp_p
     ):
         text, learned = written(choose(str(path)), row)
         assert text == wanted and learned == ['CALL weather {"city": "Åre"};', "Yes, é.;"]
-
-
-def test_arguments_that_hold_a_name_twice_are_refused(choose, tmp_path):
-    path = tmp_path / "t.jinja"
-    path.write_text(TOJSON.replace("ARGS", "{{ c.function.arguments | tojson }}"))
     with pytest.raises(Refused, match='field "arguments" is not JSON'):
         choose(str(path)).render({"messages": calls('{"city": "Oslo", "city": "Bergen"}')})
 
