@@ -10,6 +10,7 @@ no rank fails over one. tests/arch compares every row with the model that transf
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import re
 import tomllib
@@ -182,9 +183,8 @@ class LayerShape:
 _TABLE = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
 EXECUTION_ORDER, OTHER_NAMES = _TABLE.pop("execution_order"), _TABLE.pop("other_names")
 RENAMED, OUTER = _TABLE.pop("renamed"), {"llama4": "language_model.model."}
-ACTIVATIONS, DTYPES, ROPES, LEFT_OUT = map(
-    _TABLE.pop, ["activations", "dtypes", "ropes", "left_out"]
-)
+ACTIVATIONS, DTYPES, ROPES = map(_TABLE.pop, ("activations", "dtypes", "ropes"))
+RECURRENT, LEFT_OUT = _TABLE.pop("recurrent"), _TABLE.pop("left_out")
 FUSED, WRAPPED = (re.compile(_TABLE.pop(name)) for name in ("fused", "wrapped"))
 LAYOUTS = {name: LayerShape(**row) for name, row in _TABLE.items()}
 
@@ -485,6 +485,14 @@ class ModelInfo:
             return ""
         where = f"a row in one batch with one of more than {sizes[0]} tokens"
         return f"rope      {kind}: {where} is computed as if it were as long"
+
+    def recurrent_note(self) -> str:
+        """Name the package with kernels for recurrent layers, where it is missing; or ""."""
+        names = " ".join(name for kind in self.kinds for name, _ in kind.params)
+        for part, (module, package) in RECURRENT.items():
+            if part in names and importlib.util.find_spec(module) is None:
+                return f"note      recurrent layers run by PyTorch, slower: {package} is missing"
+        return ""
 
 
 def read(model_name: str, need_weights: bool) -> ModelInfo:

@@ -310,7 +310,7 @@ def attend(module, query, key, value, attention_mask, has_masks=False, **kwargs)
 
 def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor:
     """Attention inside each row, [B, T, N, D]."""
-    rest: dict[str, Any] = {"bounds": bounds, "longest": kwargs.get("max_length_q")}
+    longest = kwargs.get("max_length_q")
     if kwargs.get("cut") is not None:
         rest = {name: kwargs[name] for name in ("cut", "window")}
         forward = partial(_gathered, **rest, sinks=kwargs.get("s_aux"))
@@ -318,10 +318,11 @@ def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor
     elif kwargs.get("branches") is not None:
         if kwargs["window"] or kwargs.get("s_aux") is not None:
             raise ValueError("a window may end inside a prompt that other rows go on from")
-        rest["branches"] = kwargs["branches"]
+        rest = {"bounds": bounds, "longest": longest, "branches": kwargs["branches"]}
         kernel = partial(_joined, **rest), partial(_joined_backward, **rest)
     else:
-        kernel = partial(_rows, **rest), partial(_rows_backward, **rest)
+        rest = {"lengths": (bounds, bounds, longest, longest), "is_causal": True}
+        kernel = partial(_varlen, **rest), partial(_varlen_backward, **rest)
     num, scale = len(query), kwargs.get("scaling")
     query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
     return _run(query, key, value, scale, kernel, saved).unflatten(0, (num, -1))
@@ -371,17 +372,6 @@ def _cudnn_backward(
     )
 
 
-def _rows(query, key, value, scale, bounds, longest) -> tuple[torch.Tensor, ...]:
-    return _varlen(query, key, value, (bounds, bounds, longest, longest), True, scale)
-
-
-def _rows_backward(
-    grad_out, query, key, value, out, log_sum, *state, scale, bounds, longest
-) -> tuple[torch.Tensor, ...]:
-    rest = (bounds, bounds, longest, longest), True, scale, state
-    return _varlen_backward(grad_out, query, key, value, out, log_sum, *rest)
-
-
 def _joined(query, key, value, scale, bounds, longest, branches) -> tuple[torch.Tensor, ...]:
     """Each row by itself, and answers over their prompts too; the parts are joined by their sums.
 
@@ -412,12 +402,13 @@ def _joined_backward(
 ) -> tuple[torch.Tensor, ...]:
     """Every part's own backward, with the output and the log sum of all."""
     to, num = branches, len(states) // 2
-    own, cross = (bounds, bounds, longest, longest), _cross(to)
+    own = {"lengths": (bounds, bounds, longest, longest), "is_causal": True, "scale": scale}
     rest = (query, key, value, out, log_sum)
-    grads = _varlen_backward(grad_out, *rest, own, True, scale, states[:num])
+    grads = _varlen_backward(grad_out, *rest, *states[:num], **own)
     part, first = slice(to.num_prompt, to.num_prompt + to.num_answer), slice(to.num_prompt)
     rest = (query[part], key[first], value[first], out[part], log_sum[:, part].contiguous())
-    more = _varlen_backward(grad_out[part], *rest, cross, False, scale, states[num:])
+    own |= {"lengths": _cross(to), "is_causal": False}
+    more = _varlen_backward(grad_out[part], *rest, *states[num:], **own)
     for grad, other, at in zip(grads, more, (part, first, first), strict=True):
         grad[at] += other
     return grads
@@ -433,9 +424,7 @@ def _gathered(query, key, value, scale, cut, window, sinks=None) -> tuple[torch.
     key, value = cut.gather(key), cut.gather(value)
     pairs = zip(query.chunk(len(cut.pieces)), cut.pieces, strict=True)
     made = [
-        _ends(part, key[to.keys], value[to.keys], scale)
-        if _is_for_cudnn(part, to, window)
-        else _varlen(part, key[to.keys], value[to.keys], to.lengths, True, scale, window)
+        _varlen(part, key[to.keys], value[to.keys], to.lengths, True, scale, window)
         for part, to in pairs
     ]
     states = [state for _, _, *own in made for state in own]
@@ -459,20 +448,17 @@ def _gathered_backward(
     grads = []
     for i, (grad, q, o, total, to) in enumerate(zip(*columns, cut.pieces, strict=True)):
         rest = (q, key[to.keys], value[to.keys], o, total.contiguous())
-        state = states[i * num : (i + 1) * num]
-        if _is_for_cudnn(q, to, window):
-            grad, *more = _ends_backward(grad, *rest, scale, state)
-        else:
-            grad, *more = _varlen_backward(grad, *rest, to.lengths, True, scale, state, window)
+        own = {"lengths": to.lengths, "is_causal": True, "scale": scale, "window": window}
+        grad, *more = _varlen_backward(grad, *rest, *states[i * num : (i + 1) * num], **own)
         grads.append(grad)
         for whole, part in zip(sums, more, strict=True):
             whole[to.keys] += part
     return torch.cat(grads), *(cut.reduce(whole).to(dtype) for whole in sums)
 
 
-def _is_for_cudnn(query, to: Piece, window) -> bool:
-    """Whether cuDNN serves a chunk of one row without a window, as it would serve the whole row."""
-    if window or len(to.lengths[0]) > 2 or not query.is_cuda:
+def _is_for_cudnn(query, lengths, is_causal: bool, window) -> bool:
+    """Whether cuDNN serves the end of one row without a window, as it would serve the whole row."""
+    if window or not is_causal or len(lengths[0]) > 2 or not query.is_cuda:
         return False
     (own,) = _heads(query)
     return _kernel(own, own, own, None) is KERNELS[SDPBackend.CUDNN_ATTENTION]
@@ -483,36 +469,35 @@ def _heads(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from (t.transpose(0, 1)[None] if t.dim() == 3 else t[0].transpose(0, 1) for t in tensors)
 
 
-def _ends(query, key, value, scale) -> tuple[torch.Tensor, ...]:
-    """Queries at the end of the keys by cuDNN, which lets the beginnings meet: as `_varlen`.
+def _ends(query, key) -> tuple[tuple[slice, bool], ...]:
+    """Keys that queries at their end look at: their own, causally, and all that are before.
 
-    They look at themselves, and at all that is before them.
+    cuDNN lets the beginnings of queries and keys meet.
     """
-    num, found = len(query), []
-    for part, is_causal in ((slice(-num, None), True), (slice(len(key) - num), False)):
-        if part.stop != 0:
-            q, k, v = _heads(query, key[part], value[part])
-            made, log_sum, *state = _cudnn(q, k, v, scale, is_causal)
-            (out,) = _heads(made)
-            found.append((out, log_sum.reshape(-1, num)))
+    before = len(key) - len(query)
+    return ((slice(before, None), True), (slice(before), False))[: 1 + (before > 0)]
+
+
+def _by_cudnn(query, key, value, scale) -> tuple[torch.Tensor, ...]:
+    found = []
+    for part, is_causal in _ends(query, key):
+        q, k, v = _heads(query, key[part], value[part])
+        made, log_sum, *state = _cudnn(q, k, v, scale, is_causal)
+        (out,) = _heads(made)
+        found.append((out, log_sum.reshape(-1, len(query))))
     return *(_join(*found) if len(found) > 1 else found[0]), *state
 
 
-def _ends_backward(grad_out, query, key, value, out, log_sum, scale, state) -> tuple:
+def _by_cudnn_backward(grad_out, query, key, value, out, log_sum, *state, scale) -> tuple:
     """Each part's own backward, with the output and the log sum of both."""
-    num, log_sum = len(query), log_sum[None, ..., None]
-    grad_query, *grads = torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)
-    for part, is_causal in ((slice(-num, None), True), (slice(len(key) - num), False)):
-        if part.stop != 0:
-            grad, *tensors = _heads(grad_out, query, key[part], value[part], out)
-            found = _cudnn_backward(
-                grad, *tensors, log_sum, *state, scale=scale, is_causal=is_causal
-            )
-            more, *others = _heads(*found)
-            grad_query += more
-            for whole, other in zip(grads, others, strict=True):
-                whole[part] = other
-    return grad_query, *grads
+    grads = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+    for part, is_causal in _ends(query, key):
+        tensors = _heads(grad_out, query, key[part], value[part], out)
+        rest = (log_sum[None, ..., None], *state)
+        found = _cudnn_backward(*tensors, *rest, scale=scale, is_causal=is_causal)
+        for whole, at, more in zip(grads, (slice(None), part, part), _heads(*found), strict=True):
+            whole[at] += more
+    return tuple(grads)
 
 
 def joins_exactly(device: torch.device, dtype: torch.dtype) -> bool:
@@ -560,6 +545,8 @@ def _varlen(
     query, key, value, lengths, is_causal: bool, scale, window=None
 ) -> tuple[torch.Tensor, ...]:
     """Attention inside parts, whose ends meet: out [T, N, D], log sums [N, T], state."""
+    if _is_for_cudnn(query, lengths, is_causal, window):
+        return _by_cudnn(query, key, value, scale)
     if query.device.type == "cuda":
         rest, more = (*lengths, 0.0, is_causal, False), _sides(scale, window)
         return aten._flash_attention_forward(query, key, value, *rest, **more)[:4]
@@ -570,9 +557,11 @@ def _varlen(
 
 
 def _varlen_backward(
-    grad_out, query, key, value, out, log_sum, lengths, is_causal, scale, state, window=None
+    grad_out, query, key, value, out, log_sum, *state, lengths, is_causal, scale, window=None
 ) -> tuple[torch.Tensor, ...]:
     rest = (query, key, value, out, log_sum)
+    if _is_for_cudnn(query, lengths, is_causal, window):
+        return _by_cudnn_backward(grad_out, *rest, *state, scale=scale)
     if query.device.type == "cuda":
         rest = (*rest, *lengths, 0.0, is_causal, *state)
         return aten._flash_attention_backward(grad_out, *rest, **_sides(scale, window))

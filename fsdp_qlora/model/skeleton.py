@@ -333,7 +333,8 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         got, rule = f"weights named {info.layers_prefix}.0", f"are no part of {info.model_type}"
         raise UserError(got, rule, "save the model with its head, as AutoModelForCausalLM")
     layers = cast(nn.ModuleList, hf_model.get_submodule(prefix))
-    if chosen.attention == "sdpa" and not _is_known(hf_model, layers, chosen, info, cfg):
+    spares = attention == MASKED and chosen.has_row_kernel and _spare_masks(hf_model, layers)
+    if chosen.attention == "sdpa" and not _is_known(hf_model, spares, info, cfg):
         return build(info, dataclasses.replace(cfg, attn="eager"), device)
     if chosen.use_liger:
         apply_liger(hf_model)
@@ -358,14 +359,10 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     return model.train()
 
 
-def _is_known(
-    hf_model: Any, layers: nn.ModuleList, chosen: KernelChoice, info: ModelInfo, cfg: TrainConfig
-) -> bool:
+def _is_known(hf_model: Any, spares: bool, info: ModelInfo, cfg: TrainConfig) -> bool:
     """Whether attention can stay as chosen; a refusal where the user has chosen it."""
-    has_masks = hf_model.config._attn_implementation == MASKED
-    spares = has_masks and chosen.has_row_kernel and _spare_masks(hf_model, layers)
     is_cut, got = cfg.context_parallel > 1, f"attention of model type {info.model_type}"
-    if is_cut and has_masks and not spares:
+    if is_cut and not spares and hf_model.config._attn_implementation == MASKED:
         raise UserError(got, "is not known for cut rows", "use --context_parallel 1")
     if info.attention_extra != "indexed" and (hf_model._supports_sdpa or is_cut or spares):
         return True

@@ -99,8 +99,8 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     """Seconds of forward and backward of a visit of all layers, by what they are spent on."""
     tokens = s.tokens(setting) * setting.per_visit
     matmuls = 2.0 * s.active * s.layers * tokens
-    gain = gpu.gain(s.cfg.matmul) if s.tokens(setting) >= MIN_TOKENS_8_BIT else 0.0
-    matmuls /= gain or 1.0
+    gain = gpu.gain(s.cfg.matmul) if s.tokens(setting) >= MIN_TOKENS_8_BIT else 1.0
+    matmuls, is_8_bit = matmuls / (gain or 1.0), gain not in (0, 1)
     attention = 2.0 * s.layers * s.attention * s.cfg.context_length * tokens / ATTENTION_SHARE
     head = 2.0 * s.head * tokens
     lora = 2.0 * s.lora_passed * s.layers * tokens
@@ -123,9 +123,8 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     elementwise_s = tokens * features * s.item / (ELEMENTWISE_SHARE * gpu.memory_gbs * 1e9)
     forward_s += 2 * s.layers * elementwise_s
     backward_s += (3 * s.layers + num_full + num_selective) * elementwise_s
-    is_8_bit = gain not in (0, 1)
-    made = 1 if is_8_bit else s.item
-    touched = (s.format.weight_bits / 8 + made) * s.weights * (s.format.scratch_bytes > 0)
+    touched = s.format.weight_bits / 8 + (1 if is_8_bit else s.item)
+    touched *= s.weights * (s.format.scratch_bytes > 0)
     num_unpacked = 1 if s.is_kept_whole else setting.per_visit
     unpack_s = touched * s.layers * num_unpacked / (UNPACK_SHARE * gpu.memory_gbs * 1e9)
     launch_s = LAUNCH_S * s.layers * setting.per_visit * (gpu.memory_gib > 0)

@@ -8,9 +8,9 @@ No random state is saved: rows and dropout of a step follow from seed, step and 
 import contextlib
 import functools
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -340,28 +340,6 @@ def period(save_every: str) -> tuple[int, float]:
     return int(save_every), math.inf
 
 
-class Writer(threading.Thread):
-    """Writes one checkpoint beside the training.
-
-    Args:
-        step: of the checkpoint.
-        work: what writes it; its error is left for the training to see, in `error`.
-    """
-
-    def __init__(self, step: int, work: Callable[[], object]) -> None:
-        super().__init__(name="checkpoint", daemon=True)
-        self.step, self._work = step, work
-        self.error: Exception | None = None
-        self.start()
-
-    def run(self) -> None:
-        """Work."""
-        try:
-            self._work()
-        except Exception as error:
-            self.error = error
-
-
 class Checkpointer:
     """Saves the checkpoints of a run; every rank has one and calls it in the same order.
 
@@ -390,7 +368,8 @@ class Checkpointer:
         self._num_steps, self._seconds = period(cfg.save_every)
         self._is_on, self._is_writer = cfg.saves_checkpoints, trained.world.rank == 0
         self._saved_s, self._has_new_best = time.monotonic(), False
-        self._writer: Writer | None = None
+        self._thread, self._writing_step = futures.ThreadPoolExecutor(1, "checkpoint"), 0
+        self._writing: futures.Future | None = None
         best_step, loss = trained.world.gather(self._read_best())[0]
         self.best = (int(best_step), loss) if best_step else None  # as rank 0 has read it
         params = shard.trained_parameters(trained.model)
@@ -448,7 +427,7 @@ class Checkpointer:
         Args:
             polled: `poll` of all ranks.
         """
-        if self._is_writer and self._writer is not None and not self._writer.is_alive():
+        if self._is_writer and self._writing is not None and self._writing.done():
             self._join()
         return any(polled) or self._has_new_best
 
@@ -510,10 +489,10 @@ class Checkpointer:
         """Wait until the last checkpoint is on the disk; every rank must call."""
         world, is_busy = self._trained.world, True
         while is_busy:
-            if self._writer is not None:
-                self._writer.join(HEARTBEAT_S)
+            if self._writing is not None:
+                futures.wait([self._writing], HEARTBEAT_S)
             hooks.beat("save", world.rank, self.step)  # a slow disk is no hang
-            is_busy = world.sum(self._writer is not None and self._writer.is_alive()) > 0
+            is_busy = world.sum(self._writing is not None and not self._writing.done()) > 0
         self._join()
 
     def _write(
@@ -536,20 +515,19 @@ class Checkpointer:
 
     def _start(self, work: Callable[[], object]) -> None:
         if self._is_writer:
-            self._writer = Writer(self.step, work)
+            self._writing, self._writing_step = self._thread.submit(work), self.step
 
     def _join(self) -> None:
         """Wait for the thread, and report what went wrong; the training goes on."""
-        if self._writer is None:
+        if self._writing is None:
             return
-        self._writer.join()
-        writer, self._writer = self._writer, None
-        if isinstance(writer.error, OSError | UserError):
+        error, self._writing = self._writing.exception(), None
+        if isinstance(error, OSError | UserError):
             last = checkpoint_store.last_step(self._output_dir)
             left = "none" if last is None else f"of step {last}"
-            reason = getattr(writer.error, "strerror", None) or str(writer.error)
-            words = f"the checkpoint of step {writer.step} could not be written ({reason}); "
+            reason = getattr(error, "strerror", None) or str(error)
+            words = f"the checkpoint of step {self._writing_step} could not be written ({reason}); "
             words += f"the training goes on; the last one there: {left}"
             self._recorder.say(f"warning   {words}")
-        elif writer.error is not None:
-            raise writer.error
+        elif error is not None:
+            raise error

@@ -262,3 +262,15 @@ def test_sizes_have_the_names_of_transformers_attribute_maps():
         for ours, theirs in CONFIG_MAPPING[model_type].attribute_map.items():
             if ours in OTHER_NAMES and "encoder" not in theirs:
                 assert theirs in OTHER_NAMES[ours], model_type
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("qwen3.5-27b", "flash-linear-attention"), ("granite-4.0-h-tiny", "mamba-ssm")],
+)
+def test_kernels_that_recurrent_layers_lack_are_named(name: str, package: str, monkeypatch) -> None:
+    info = arch.read(name, need_weights=False)
+    assert info.recurrent_note().endswith(f"slower: {package} is missing")
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: module)
+    assert info.recurrent_note() == ""
+    assert arch.read("llama-2-7b", need_weights=False).recurrent_note() == ""

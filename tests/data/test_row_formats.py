@@ -309,9 +309,7 @@ def test_fields_of_messages_are_used_or_named(choose, tmp_path):
     assert choose(str(path)).unused(row) == [
         f"{name} of assistant messages" for name in [*others][2:]
     ]
-    row = {"messages": CHAT["messages"], "system": "S", "system_prompt": "T"}
-    text, learned = written(choose(), row)
-    assert "S\n\nT<|im_end|>" in text and learned == ["Oh.<|im_end|>\n"]
+    assert "S\n\nT<|im_end|>" in written(choose(), CHAT | {"system": "S", "system_prompt": "T"})[0]
 
 
 def test_a_message_that_is_switched_off_is_not_learned(choose, tmp_path):

@@ -358,10 +358,9 @@ def foretelling(tensors):
 
 
 def old_buffers(tensors):
-    """Masks and rotary tables, as Pythia's files have them."""
-    mask, stem = torch.ones(1, 1, 8, 8, dtype=torch.bool), "gpt_neox.layers.1.attention"
-    tensors |= {f"{stem}.bias": mask, f"{stem}.masked_bias": torch.tensor(-1e9)}
-    tensors |= {f"{stem}.rotary_emb.inv_freq": torch.ones(2)}
+    """Masks, as Pythia's files have them."""
+    masks = {"bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), "masked_bias": torch.tensor(-1e9)}
+    tensors |= {f"gpt_neox.layers.1.attention.{name}": mask for name, mask in masks.items()}
 
 
 @pytest.mark.parametrize(
