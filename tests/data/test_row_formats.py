@@ -284,11 +284,6 @@ def test_tools_are_shown_to_the_template(choose, tmp_path):
         assert choose(str(path)).render(CHAT | {"tools": tools})[0].text == '[{"name": "f"}]Hi'
     with pytest.raises(Refused, match='"tools" is not JSON'):
         choose(str(path)).render(CHAT | {"tools": "[oops"})
-
-
-def test_tools_in_other_places_are_shown_too_and_no_others(choose, tmp_path):
-    path = tmp_path / "t.jinja"
-    path.write_text("{{ tools | tojson }}{{ messages[0].content }}")
     tools = [{"type": "function", "function": {"name": "f"}}]
     wanted = choose(str(path)).render(CHAT | {"tools": tools})
     others = ({"tools": [json.dumps(tools[0])]}, {"chat_template_kwargs": {"tools": tools}})
@@ -303,12 +298,11 @@ def test_fields_of_messages_are_used_or_named(choose, tmp_path):
     """Thoughts under another name, a second text, switches of others, tools of a message."""
     others = {"thought": "So", "value": "Oh!", "trainable": False, "tools": [{"name": "f"}]}
     row = {"messages": [turn("user", "Hi"), turn("assistant", "Oh.", **others, author=None)]}
-    assert choose().unused(row) == [f"{name} of assistant messages" for name in others]
+    names = [f"{name} of assistant messages" for name in others]
+    assert choose().unused(row) == names
     path = tmp_path / "t.jinja"
     path.write_text("{% for m in messages %}{{ m.thought }}{{ m['value'] }}{% endfor %}")
-    assert choose(str(path)).unused(row) == [
-        f"{name} of assistant messages" for name in [*others][2:]
-    ]
+    assert choose(str(path)).unused(row) == names[2:]
     assert "S\n\nT<|im_end|>" in written(choose(), CHAT | {"system": "S", "system_prompt": "T"})[0]
 
 
