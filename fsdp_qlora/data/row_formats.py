@@ -405,7 +405,8 @@ class RowFormatter:
             texts, end = [Text(self.chat.whole(messages, **values), (), True)], len(messages) - 1
         else:
             texts, end = self.chat.render(messages, learned, **values), learned[-1]
-        notes += find_lost(messages, learned, texts, end, tools) if learned else []
+        is_read = learned or self.train_on == "all"
+        notes += find_lost(messages, learned, texts, end, tools) if is_read else []
         return [texts[0]._replace(notes=(*texts[0].notes, *notes)), *texts[1:]]
 
     def _with_calls(self, messages: list[dict], values: dict[str, Any]) -> list[dict]:

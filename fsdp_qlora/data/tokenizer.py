@@ -308,7 +308,7 @@ def find_lost(
             yield "dropped", f"{which} {lost[0][:MOST_SHOWN]!r}"
         lost = [part for part in thoughts if text.count(_plain(part)) <= pool.count(_plain(part))]
         if lost:
-            kind = "dropped" if is_own or number - 1 == max(turns) else "reasoning"
+            kind = "dropped" if is_own or number - 1 == max(turns, default=-1) else "reasoning"
             yield kind, f"the reasoning of {which} {lost[0][:MOST_SHOWN]!r}"
 
 
