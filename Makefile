@@ -2,7 +2,7 @@
 # make test         install if needed, run the tests (ARGS="-k name" for some of them)
 # make test-system  the tests that need root, the network, or more than Python (.ci/run installs it)
 # make check        style, format and types
-# make soak         kill a run at random for ten minutes, and compare (ARGS="--minutes 60")
+# make soak         kill a run at random for ten minutes, and compare (ARGS="--hosts 2": over two)
 # make bench-peers  measure ours against TRL + PEFT + accelerate, in turn (ARGS="--arms ours,trl_fsdp2")
 # make bench-7b     GiB and tokens/s of each setting (also bench-70b; bench-small needs no GPU)
 # make lint         repair what ruff can repair

@@ -89,7 +89,6 @@ OPTIMIZERS = {name: Optimizer(**row) for name, row in _TABLE["optimizers"].items
 PRECISIONS: dict[str, str] = _TABLE["precisions"]
 MATMULS = ("bf16", "fp8", "int8", "auto")
 TRACKERS = tuple(_TABLE["trackers"])
-BF16 = ("bf16", "bf16_autocast", "bf16_buffers_autocast")
 OBJECTIVES = {name: Objective(**row) for name, row in _TABLE["objectives"].items()}
 # Option -> the objectives that read it.
 OF_OBJECTIVES: dict[str, list[str]] = _TABLE["of_objectives"]
@@ -604,12 +603,6 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
             got = f"--{name} {cli.to_text(value)} with --objective {cfg.objective}"
             rule = f"belongs to --objective {' '.join(objectives)}"
             faults.append(UserError(got, rule, "leave one of them out"))
-    if (num_rows := cfg.batch_size * cfg.gradient_accumulation_steps) >= cli.TOO_LARGE:
-        got = f"--batch_size {cfg.batch_size} with {cfg.gradient_accumulation_steps} micro-batches"
-        faults.append(UserError(got, f"make {num_rows} rows a step", "take fewer than 2**32"))
-    if not {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}:
-        remedy = f"use tqdm or stdout, and any of {', '.join(TRACKERS)}, between commas"
-        faults.append(UserError(f"--log_to {cfg.log_to}", "no such choice", remedy))
     name, named = split_name(cfg.model_name)
     is_local = os.path.exists(os.path.expanduser(name)) or not _HUB_NAME.fullmatch(name)
     if cfg.revision is not None and (is_local or named not in ("", cfg.revision)):
@@ -625,6 +618,9 @@ def _due(cfg: TrainConfig, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any
     values["has_answers"] = bool(cfg.num_answers)
     for name in ("trains_new_adapters", "has_cached_reference"):
         values[name] = getattr(cfg, name)
+    values["num_rows"] = num_rows = cfg.batch_size * cfg.gradient_accumulation_steps
+    values |= {"is_large": num_rows >= cli.TOO_LARGE, "every_tracker": ", ".join(TRACKERS)}
+    values["is_known_log"] = {*cfg.log_targets} <= {"tqdm", "stdout", *TRACKERS}
     values["is_local"] = cfg.trackers in ((), ("tensorboard",))
     is_code = cfg.format_name.startswith(("nf4", "fp4", "hqq"))
     values["has_codes"] = is_code and cfg.compute_dtype == "bfloat16"

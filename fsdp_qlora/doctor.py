@@ -32,16 +32,11 @@ if TYPE_CHECKING:
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 LEAST_HOST_GIB, LEAST_DISK_GIB, LEAST_SHM_GIB, SLOW_MBS = 4, 5, 1, 100
-SEE = "see the message"
-CACHE = "choose another with FSDP_QLORA_CACHE=DIR"
-OUTPUT = "choose another with --output_dir DIR"
-NO_P2P = "switch the IOMMU (ACS) off in the BIOS, export NCCL_P2P_DISABLE=1, or start one rank"
-AGAIN = "reinstall it for this torch, or"
-NEW_TORCH = "update the driver, or install the build of torch for it (pytorch.org)"
-CRASHED = "export NCCL_P2P_DISABLE=1, or see the driver's log (dmesg)"
+REMEDIES: dict[str, str] = cli.TABLE["remedies"]  # by check or task, and others
+SEE, CACHE, OUTPUT = (REMEDIES[name] for name in ("see", "cache", "output"))
 NUM_CPU_RANKS = 2
 MARK = "doctor: "  # of a finding among the lines that a rank prints
-TOGETHER = ("meet", "gather")
+TOGETHER, OPTIONAL_TASKS = ("meet", "gather"), ("hqq4", "speed")  # runs do without the latter
 ON_CPU = ("nf4_dq", "fp4", "hqq4", "speed", *TOGETHER)
 # Task -> module without which it is left out.
 OPTIONAL = {"hqq4": "hqq", "flash_attn": "flash_attn", "liger_kernel": "liger_kernel"}
@@ -239,12 +234,10 @@ def host() -> Iterator[Finding]:
     """Host memory within the container's limit, and /dev/shm."""
     limit_gib = hardware.host_limit_gib()
     free_gib = limit_gib - hardware.host_used_gib()
-    remedy = "end other programs, or raise the container's limit: an offloaded 7B takes 7 GiB"
     value = f"{limit_gib:.1f} GiB, {free_gib:.1f} free"
-    yield Finding("host memory", value, remedy * (free_gib < LEAST_HOST_GIB))
+    yield Finding("host memory", value, REMEDIES["host"] * (free_gib < LEAST_HOST_GIB))
     shm_gib = shutil.disk_usage("/dev/shm").total / GIB if Path("/dev/shm").is_dir() else 0.0
-    remedy = "docker run --shm-size=8g: GPUs without peer access communicate through it"
-    yield Finding("/dev/shm", f"{shm_gib:.2f} GiB", remedy * (shm_gib < LEAST_SHM_GIB))
+    yield Finding("/dev/shm", f"{shm_gib:.2f} GiB", REMEDIES["shm"] * (shm_gib < LEAST_SHM_GIB))
 
 
 def disk(name: str, wanted: Path, elsewhere: str) -> Iterator[Finding]:
@@ -350,9 +343,9 @@ def run_ranks(
         value = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         value = "no answer in time" if ended.stop is not None else value
         value += f" ({words[-1][:160]})" if words else ""
-        rest, remedy = tasks, NEW_TORCH
+        rest, remedy = tasks, REMEDIES["device"]
         if sign.point:
-            rest, remedy = tasks[tasks.index(sign.point) + 1 :], CRASHED
+            rest, remedy = tasks[tasks.index(sign.point) + 1 :], REMEDIES["crash"]
         value += f"; not checked: {', '.join(rest)}" if rest else ""
         found.append(Finding(f"{who} {i} {sign.point or 'start'}", value, remedy, ENVIRONMENT))
     return list({finding.line(): finding for finding in found}.values())
@@ -377,7 +370,8 @@ def do_tasks(kind: str, *tasks: str) -> None:
         is_absent = importlib.util.find_spec(OPTIONAL.get(task, "torch")) is None
         if is_absent or (kind == "cpu" and rank and task not in TOGETHER):
             continue  # the ranks share the CPU: the first one tries it
-        check, remedy, code = TASKS[task]
+        check, remedy = TASKS[task], REMEDIES.get(task, REMEDIES["peers"])
+        code = DONE if task in OPTIONAL_TASKS else ENVIRONMENT
         world, who = World(rank, size, rank, size, device), every if task in TOGETHER else one
         for finding in (findings := attempt(task, partial(check, world), remedy, code)):
             own = {"name": f"{who} {finding.name}", "device": name if finding.speeds else ""}
@@ -406,8 +400,7 @@ def describe(world: "World") -> Iterator[Finding]:
     value = f"{torch.cuda.get_device_name()}, {total_bytes / GIB:.1f} GiB, "
     value += f"{free_bytes / GIB:.1f} free, capability {major}.{minor}, "
     value += f"driver {hardware.driver_version()}, CUDA {torch.version.cuda or torch.version.hip}"
-    remedy = "nvidia-smi names the programs that hold the rest: end them"
-    yield Finding("device", value, remedy * (free_bytes < 0.85 * total_bytes))
+    yield Finding("device", value, REMEDIES["gpu"] * (free_bytes < 0.85 * total_bytes))
     if dtype_of(world.device) == torch.float16:
         yield Finding("bf16", "has no matmuls of it", "--precision fp16_autocast or fp32")
     torch.ones(8, device=world.device).sum().item()  # raises where torch has no kernels for it
@@ -533,25 +526,18 @@ def gather(world: "World") -> Iterator[Finding]:
     every_wrong, gbs, peers = zip(*world.gather_objects((wrong, own_gbs, own_peers)), strict=True)
     if wrong_of := sorted({i for numbers in every_wrong for i in numbers}):
         value = f"bytes of rank {', '.join(map(str, wrong_of))} arrive changed"
-        yield Finding("gather", value, NO_P2P, INTEGRITY)
+        yield Finding("gather", value, REMEDIES["peers"], INTEGRITY)
     elif world.size > 1:
         value = f"bytes exact, {min(gbs):.3g} GB/s into each"
         value += "" if all(peers) else ", through the host (no peer access)"
         yield Finding("gather", value, speeds={"card_link_gbs": min(gbs) * all(peers)})
 
 
-# Name -> what to do, remedy and exit code when it fails.
-TASKS: dict[str, tuple[Callable[["World"], Iterator[Finding]], str, int]] = {
-    "device": (describe, NEW_TORCH, ENVIRONMENT),
-    "nf4_dq": (partial(quantized, "nf4_dq"), "reinstall bitsandbytes", ENVIRONMENT),
-    "fp4": (partial(quantized, "fp4"), "reinstall bitsandbytes", ENVIRONMENT),
-    "hqq4": (partial(quantized, "hqq4"), "reinstall hqq", DONE),
-    "flash_attn": (partial(kernel, "flash_attn"), f"{AGAIN} --attn sdpa", ENVIRONMENT),
-    "liger_kernel": (partial(kernel, "liger_kernel"), f"{AGAIN} --liger off", ENVIRONMENT),
-    "speed": (speed, "end other programs", DONE),
-    "meet": (meet, NO_P2P, ENVIRONMENT),
-    "host link": (host_link, "raise the limit (ulimit -l unlimited)", ENVIRONMENT),
-    "gather": (gather, NO_P2P, ENVIRONMENT),
+TASKS: dict[str, Callable[["World"], Iterator[Finding]]] = {
+    "device": describe,
+    **{name: partial(quantized, name) for name in ("nf4_dq", "fp4", "hqq4")},
+    **{name: partial(kernel, name) for name in ("flash_attn", "liger_kernel")},
+    **{"speed": speed, "meet": meet, "host link": host_link, "gather": gather},
 }
 
 

@@ -88,6 +88,7 @@ ENTRY = re.compile(r"(?:(?P<count>\d{1,2})\s*x\s*)?(?P<name>[\w .-]+)", re.IGNOR
 SIZE = re.compile(r"(?:-(\d{1,3})|\b(\d{1,3}) ?gi?b?)\b")  # in a name: A100-80, 4060 Ti 16 GB
 FIRST_WITH_BF16 = (8, 0)  # Ampere; torch emulates it on older GPUs, slowly and silently
 SPEEDS, DRIVERS = _TABLE["speeds"], _TABLE["drivers"]
+RANK_ENV: dict[str, str] = _TABLE["rank_env"]
 
 
 @dataclasses.dataclass(frozen=True)

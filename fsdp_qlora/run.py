@@ -253,6 +253,8 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
     argv = preflight.spell_out(argv)
     cfg = config.place(argv)
     if launch.is_rank(os.environ, cfg.world_size):
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun may be killed, too
+            launch.tied_to_parent(os.getppid())()
         # No KeyboardInterrupt while libraries are imported: some of them swallow it.
         signal.signal(signal.SIGINT, lambda *_: exit_report.leave(errors.SIGINT))
         os.environ.update(launch.rank_env(os.environ, cfg))
@@ -260,10 +262,9 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
         if size == "1" or asked not in ("-1", size, os.environ["LOCAL_WORLD_SIZE"]):
             say(f"ranks     {size}, as RANK and WORLD_SIZE say; --world_size {asked} has no effect")
         is_port_taken = os.environ["MASTER_PORT"] == str(cfg.master_port)
-        idle = config.given(argv) & {"max_restarts", *(() if is_port_taken else ("master_port",))}
-        if idle:
-            what = ", ".join(f"--{name}" for name in sorted(idle))
-            say(f"note      {what}: without effect, what has started the ranks decides")
+        idle = {"max_restarts"} if is_port_taken else {"max_restarts", "master_port"}
+        if what := ", --".join(sorted(idle & config.given(argv))):
+            say(f"note      --{what}: without effect, what has started the ranks decides")
         log = cfg.resolved_output_dir / exit_report.LOGS / f"rank{os.environ['RANK']}.log"
         hooks.enable_stack_dumps(log)
         join_and_run(argv, is_alone=True)

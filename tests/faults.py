@@ -153,6 +153,7 @@ KINDS = {
     "int": lambda point, step: _signal_parent(signal.SIGINT),
     "kill-parent": lambda point, step: _signal_parent(signal.SIGKILL),
     "note": _note,
+    "pause": lambda point, step: (os.write(1, b"pauses\n"), time.sleep(SLOW_S)),
 }
 
 

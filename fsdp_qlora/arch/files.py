@@ -24,6 +24,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -40,9 +41,8 @@ NAMES = ("_name_or_path", "_also")  # in a shape, of the model on the hub
 CONFIG_FILES = ["config.json"]
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*", "merges.txt"]
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-NO_TOKEN = 401
-REFUSALS = {NO_TOKEN: "the hub refuses your access token", 429: "the hub wants fewer requests"}
-REFUSALS |= dict.fromkeys((500, 502, 503, 504), "the hub is down")
+TABLE = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
+HUB, REFUSALS = TABLE.pop("hub"), TABLE.pop("refusals")  # the rest is arch/info's
 # Sub-directories hold other formats, and consolidated* is a second copy of the same weights.
 LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
 INDEX_NAME = "model.safetensors.index.json"
@@ -61,15 +61,13 @@ MXFP4 = "mxfp4"
 KEPT = (MXFP4, "nf4", "nf4_dq", "fp4", "fp4_dq")  # whose bytes are trained over as they are
 COMPRESSED = "compressed-tensors"
 CODED = "pack-quantized int-quantized float-quantized naive-quantized mixed-precision dense"
-SCALED = {"weight_packed": "weight", "weight_scale": "scale", "weight_scale_inv": "scale"}
-SCALED |= {"weight_zero_point": "zero", "weight_g_idx": "order", "weight_shape": "shape"}
+SCALED: dict[str, str] = TABLE.pop("scaled")
 OF_ACTIVATIONS = re.compile(r"(activation|input|output|[qkv])_(scale|zero_point)|input_scale_ub")
 # Tables and masks that older releases stored; they are computed.
 BUFFER = re.compile(r".+\.(rotary_emb\.inv_freq|(attention|attn)\.(masked_)?bias)")
 PIECE = 1 << 16  # bytes compared at once
 # Run apart, for it imports torch.
-BUILDER = "import json, sys\nfrom fsdp_qlora.model.skeleton import shapes_of\n"
-BUILDER += "json.dump(shapes_of(json.load(sys.stdin)), sys.stdout)"
+BUILDER = TABLE.pop("builder")
 # Of every tensor, for a digest: places, bytes at each; and bytes read at once where all count.
 NUM_SAMPLES, SAMPLE_BYTES, WHOLE_BYTES = 16, 4096, 1 << 24
 NUM_READERS = 4  # threads that read what is hashed whole
@@ -101,13 +99,10 @@ def locate(model_name: str, need_weights: bool) -> Path:
     Raises:
         UserError: no such model (code 2), or gated, unknown or out of reach on the hub (code 3).
     """
-    try:
+    remedy, kinds = "give a directory, or ORGANISATION/MODEL", (OSError, RuntimeError, ValueError)
+    with one_line_of(model_name, remedy, INPUT, "is no usable path ({})", kinds):
         path = Path(model_name).expanduser()
         is_directory, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        remedy = "give a directory, or ORGANISATION/MODEL"
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(model_name, f"is no usable path ({reason})", remedy, INPUT) from None
     if is_directory:
         return _without_metas_files(path)
     is_hub_name = model_name.count("/") == 1 and not model_name.startswith((".", "/", "~"))
@@ -169,7 +164,7 @@ def download(hub_name: str, files: list[str], left_out: list[str] = LEFT_OUT) ->
     Raises:
         UserError: no hub name (code 2); gated, unknown or out of reach (code 3).
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     name, _, revision = hub_name.partition("@")
     try:
@@ -178,31 +173,22 @@ def download(hub_name: str, files: list[str], left_out: list[str] = LEFT_OUT) ->
                 name, revision=revision or None, allow_patterns=files, ignore_patterns=left_out
             )
         return Path(found)
-    except errors.HFValidationError:
-        remedy = "give a directory, or ORGANISATION/MODEL"
-        raise UserError(hub_name, "is no directory and no hub name", remedy, INPUT) from None
-    except errors.GatedRepoError as error:
-        rule = "the hub refuses it until you accept the model's terms"
-        remedy = f"accept them at https://huggingface.co/{name}, then run hf auth login"
-        raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
-    except errors.RepositoryNotFoundError as error:
-        rule = "no such directory here, and no such public model on the hub"
-        remedy = "check the spelling; for a private model run hf auth login"
-        raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
-    except errors.RevisionNotFoundError as error:
-        rule, remedy = f"{name} has no such revision", "give one of its branches, tags or commits"
-        raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
     except Exception as error:  # the transport's own errors differ between releases of the hub's
+        kind = next((row.__name__ for row in type(error).__mro__ if row.__name__ in HUB), None)
+        if kind is not None:
+            rule, remedy = (HUB[kind][part].format(name=name) for part in ("rule", "remedy"))
+            code = INPUT if kind == "HFValidationError" else ENVIRONMENT
+            raise UserError(hub_name, rule, remedy, code) from error
         answers = [getattr(found, "response", None) for found in (error, error.__cause__)]
         status = next((answer.status_code for answer in answers if answer is not None), 0)
-        why = REFUSALS.get(status, "hub out of reach")
+        why = REFUSALS.get(str(status), "hub out of reach")
         rule = f"no such directory, not in the hub cache, {why} ({status or type(error).__name__})"
         command = f"hf download {name}" + f" --revision {revision}" * bool(revision)
         remedy = f"give a local directory, or run {command} where there is a network"
         if files == CONFIG_FILES:  # no weights are wanted: a model of the same size will do
             near = get_close_matches(hub_name.partition("/")[2].lower(), known_shapes(), 1, 0.6)
             remedy += f", or take the shape {near[0]}" if near else ""
-        remedy = "run hf auth login, or give a local directory" if status == NO_TOKEN else remedy
+        remedy = "run hf auth login, or give a local directory" if status == 401 else remedy
         raise UserError(hub_name, rule, remedy, ENVIRONMENT) from error
 
 

@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +26,7 @@ from fsdp_qlora.errors import UserError
 INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
 EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>\w+)\.weight")
 JOINED = "gate_up_proj"  # of an expert, both projections in one
+FUSED = re.compile(files.TABLE["patterns"]["fused"])
 EXPERT_PARTS = (("gate_proj", "up_proj", "down_proj", JOINED), ("w1", "w3", "w2"))
 # Matrices that stay in 16 bit beside routers: gates of linear attention, one row a head.
 SMALL = ("in_proj_a", "in_proj_b", "in_proj_ba")
@@ -35,6 +35,8 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDING = "model.embed_tokens.weight"  # of the types in LAYOUTS
 # Start of the layers' names in files of a model saved without its head -> what all names lack.
 BARE = {"layers.0.": "model.", "h.0.": "transformer.", "decoder.layers.0.": "model."}
+# Names of the text half in the files of a model that sees or hears too -> those of a text model.
+WRAPPED = re.compile(files.TABLE["patterns"]["wrapped"])
 FORETELLING = re.compile(r"(model\.)?mtp(_\w+)?\.")
 OWN_CONFIG = "take the model's own config.json"
 
@@ -180,12 +182,11 @@ class LayerShape:
     defaults: dict[str, int] = field(default_factory=dict)
 
 
-_TABLE = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
+_TABLE = {name: row for name, row in files.TABLE.items() if name != "patterns"}
 EXECUTION_ORDER, OTHER_NAMES = _TABLE.pop("execution_order"), _TABLE.pop("other_names")
 RENAMED, OUTER = _TABLE.pop("renamed"), {"llama4": "language_model.model."}
 ACTIVATIONS, DTYPES, ROPES = map(_TABLE.pop, ("activations", "dtypes", "ropes"))
 RECURRENT, LEFT_OUT = _TABLE.pop("recurrent"), _TABLE.pop("left_out")
-FUSED, WRAPPED = (re.compile(_TABLE.pop(name)) for name in ("fused", "wrapped"))
 LAYOUTS = {name: LayerShape(**row) for name, row in _TABLE.items()}
 
 

@@ -342,15 +342,10 @@ class Audit:
         return sum(self.facts[name] for name in ("num_train", "num_held_out", "num_test"))
 
     def __str__(self) -> str:
-        facts = self.facts
-        held_out = f" ({facts['num_held_out']:,} held out)" if facts["num_held_out"] else ""
-        cut = f", {facts['num_cut']:,} cut at {facts['context_length']}" if facts["num_cut"] else ""
-        num_dropped = facts["num_empty"] + facts["num_beyond"]
-        dropped = f", {num_dropped:,} dropped (nothing to learn)" if num_dropped else ""
-        is_text = "blocks" in facts["kinds"]
-        rows = f"{self.num_samples:,} blocks" if is_text else f"{facts['num_rows']:,} rows"
-        trained = f"{facts['num_tokens']:,} tokens, {facts['num_trained_tokens']:,} of them trained"
-        return f"{rows}{held_out}{cut}{dropped}; {trained}, longest row {facts['longest_tokens']:,}"
+        facts, is_text = self.facts, "blocks" in self.facts["kinds"]
+        due = facts | {"blocks": is_text, "rows": not is_text, "num_samples": self.num_samples}
+        due |= {"num_dropped": facts["num_empty"] + facts["num_beyond"], "tokens": True}
+        return "".join(text.format_map(due) for name, text in TEXTS["line"].items() if due[name])
 
     def lines(self) -> list[str]:
         """Return all facts for people, a line each."""

@@ -108,8 +108,7 @@ def read_prompts(path: Path, flag: str) -> list[tuple[str, Any, dict]]:
     Raises:
         UserError: it cannot be read, is empty, or a line is no prompt.
     """
-    remedy = "give a file with one prompt a line"
-    remedy += ", auto or off" * (flag == "--sample_prompts")
+    remedy = "give a file with one prompt a line" + ", auto or off" * (flag == "--sample_prompts")
     path = path.expanduser()
     lines = sources.read_own_file(path, flag, remedy).splitlines()
     found = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]

@@ -340,13 +340,10 @@ def _killed_by_kernel(output_dir: Path, plan: plans.RunPlan | None) -> tuple[str
     found, host = plan.found if plan is not None else None, last.get("host", {})
     there = f"{hardware.host_limit_gib():.2f} GiB may be used here"
     there += f", {host['host_used_gib']:.2f} in use at the last record" if host else ""
-    advice = "fewer ranks, a smaller --batch_size or --context_length, or more memory"
+    kind = "cpu"
     if found is not None and plan is not None and plan.machine.gpus:
-        advice = "fewer ranks or more memory; --weights random shows what the base itself needs"
-        if found.setting.count("offloaded", *STREAMED):
-            advice = "--resident_layers N keeps N layers on the GPUs, --use_cpu_offload false all"
-            advice += "; --offload_impl file reads them from disk"
+        kind = "offloaded" if found.setting.count("offloaded", *STREAMED) else "gpu"
     predicted = found.host.to_dict() if found is not None else {}
     more = compare_memory("the host", phase, predicted, host.get("host_rows") or {}, there)
     rule = f"was killed by the kernel (SIGKILL): host memory ran out in the {where}"
-    return rule, [*more, f"next      {advice}"]
+    return rule, [*more, f"next      {plans.WORDS['host_full'][kind]}"]

@@ -115,9 +115,8 @@ def rank_env(env: Mapping[str, str], cfg: TrainConfig) -> dict[str, str]:
         port = 20000 + (job + 7919 * step) % 12000  # below those that the system gives away
         run = f"step {job}.{step} of Slurm"
     address = env.get("MASTER_ADDR", host), env.get("MASTER_PORT", str(cfg.master_port or port))
-    values = (rank, local, size, local_size, *address, run)
-    place = dict(zip((*NUMBERS, *MASTER, IDENTITY), values, strict=True))
-    return place | wishes(env, int(local_size))
+    own = (rank, local, size, local_size, *address, run)
+    return dict(zip((*NUMBERS, *MASTER, IDENTITY), own, strict=True)) | wishes(env, int(local_size))
 
 
 def _tasks_here(env: Mapping[str, str]) -> str:
@@ -135,13 +134,8 @@ def wishes(env: Mapping[str, str], num_ranks: int) -> dict[str, str]:
         env: environment of the user.
         num_ranks: ranks on this machine.
     """
-    wanted = {
-        "OMP_NUM_THREADS": str(max(len(os.sched_getaffinity(0)) // num_ranks, 1)),
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-        "KINETO_LOG_LEVEL": "99",  # torch.profiler would tell of its own stages
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # of a rank that has gone its store warns the others
-    }
+    num_threads = max(len(os.sched_getaffinity(0)) // num_ranks, 1)
+    wanted = {"OMP_NUM_THREADS": str(num_threads)} | hardware.RANK_ENV
     if "PYTORCH_ALLOC_CONF" not in env:
         wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return {name: text for name, text in wanted.items() if name not in env}
@@ -232,9 +226,13 @@ def start(spec: RankSpec) -> Rank:
         return subprocess.Popen(spec.command, env=spec.env, start_new_session=True, **how)
 
 
-def tied_to_parent() -> Callable[[], None]:
-    """Return what a child runs before its program, so that it is killed when we die."""
-    libc, parent = ctypes.CDLL(None), os.getpid()
+def tied_to_parent(number: int = 0) -> Callable[[], None]:
+    """Return what a child runs before its program, so that it is killed when we die.
+
+    Args:
+        number: of the process that is its parent; 0: this one.
+    """
+    libc, parent = ctypes.CDLL(None), number or os.getpid()
 
     def tie() -> None:
         libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))

@@ -19,8 +19,7 @@ CARD_NAME = "README.md"
 FILES = (*TABLE["of_model"], CONFIG_NAME, WEIGHTS_NAME, LAYERS_NAME, *OF_TOKENIZER)
 FILES += (arch.files.INDEX_NAME, arch.files.SINGLE_NAME)
 # A card is shown to all: here also what only may be a secret is removed.
-MAYBE_SECRET = r"\b(?:hf|sk|gh[po]|glpat|xox[abp])[-_][\w-]{8,}|\b[0-9a-f]{40}\b"
-MAYBE_SECRET += r"|(?i:\b(?:token|key|secret|api_key|password)=[^\s&'\"]+)"
+MAYBE_SECRET: str = TABLE["maybe_secret"]
 CARD = Path(__file__).with_name("card.md.j2")  # its text, a template of Jinja
 
 

@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.errors import INTEGRITY, UserError, one_line_of
 
 PAGE = 4096  # direct reads begin and end at multiples of it, in the file and in memory
 PIECE_BYTES = 2 * 2**20  # one read of one thread
 NUM_READERS = 8
 POLL_S = 0.0005
+RULE = "quantized layers are read from it all through the run ({})"
+REMEDY = "start again, with --resume: what is damaged is made anew"
 WORD = 8  # bytes of a count that ranks tell each other
 
 
@@ -48,10 +50,8 @@ class Span:
             UserError: it cannot be opened, or ends too early (code 5).
         """
         self._path, self.nbytes = path, nbytes
-        try:
+        with one_line_of(path, REMEDY, INTEGRITY, RULE):
             self._file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise self._fault(error.strerror or str(error)) from None
         offset += self._stat()[0] * (offset < 0)
         self.lead = offset % PAGE
         self.room, self._first = -(-(self.lead + nbytes) // PAGE) * PAGE, offset - self.lead
@@ -80,9 +80,7 @@ class Span:
         return at.st_size, at.st_mtime_ns
 
     def _fault(self, what: str) -> UserError:
-        rule = "quantized layers are read from it all through the run"
-        remedy = "start again, with --resume: what is damaged is made anew"
-        return UserError(f"{self._path}: {what}", rule, remedy, INTEGRITY)
+        return UserError(str(self._path), RULE.format(what), REMEDY, INTEGRITY)
 
     def read(self, view: memoryview, pool: ThreadPoolExecutor, part: int = 0, num: int = 1) -> None:
         """Read one part of the span in pieces.
@@ -98,10 +96,8 @@ class Span:
         """
         if self._stat() != self._state:
             raise self._fault("it has changed since it was opened")
-        try:
+        with one_line_of(self._path, REMEDY, INTEGRITY, RULE):
             list(pool.map(partial(self._read, view), range(0, self.room, PIECE_BYTES)[part::num]))
-        except OSError as error:
-            raise self._fault(error.strerror or str(error)) from None
 
     def _read(self, view: memoryview, start: int) -> None:
         done, stop = start, min(start + PIECE_BYTES, self.room)
@@ -111,8 +107,7 @@ class Span:
                 raise self._fault(f"it ends before byte {self._first + self.lead + self.nbytes:,}")
             done += count
         if not self.is_direct:
-            place = self._file, self._first + start, stop - start
-            os.posix_fadvise(*place, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._file, self._first + start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def slot_bytes(nbytes: int) -> int:
@@ -191,8 +186,7 @@ class Ring:
             if self._held[slot] != number:
                 self._held[slot] = number
                 self._fills[slot] += 1
-                own = number, self._fills[slot], self._booked[slot]
-                self._reads.put(partial(self._fill, *own))
+                self._reads.put(partial(self._fill, number, self._fills[slot], self._booked[slot]))
 
     def _fill(self, number: int, fill: int, booked: int) -> None:
         """Fill a slot for the `fill`-th time, when those who had `booked` it are done."""

@@ -89,8 +89,7 @@ def fill(built: Built, source: Weights, cfg: config.TrainConfig, world: World) -
     shapes |= {name: layouts[layer].shapes[index] for name, (layer, index) in places.items()}
     source.check_names(shapes)
     report = LoadReport(source="cache" if cache.is_complete else source.source)
-    shares = shard.num_shares(cfg.sharding_strategy, world)
-    dealer = _Dealer(built, source, shares, world)
+    dealer = _Dealer(built, source, shard.num_shares(cfg.sharding_strategy, world), world)
     fingerprints, report.pinned_bytes = dealer.run(), dealer.pinned_bytes
     for name, (module, attribute) in model.tensors.items():
         param = getattr(module, attribute)
@@ -147,8 +146,7 @@ class _Dealer:
             for start in range(0, len(layers), self.num_makers)
         ]
         me = world.local_rank
-        own = [layers[me] for _, layers in rounds if me < len(layers)]
-        made = self._make(own)
+        made = self._make([layers[me] for _, layers in rounds if me < len(layers)])
         num_layers, what = sum(len(layers) for _, layers in rounds), "quantizes"
         what = "loads" if self.cache.is_complete else what
         with cli.Progress(what, num_layers, "layers", world.rank > 0) as progress:

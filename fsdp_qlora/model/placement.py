@@ -29,17 +29,11 @@ from fsdp_qlora.model import disk
 from fsdp_qlora.planning import fit, rows
 from fsdp_qlora.planning import memory as plans
 from fsdp_qlora.planning import sizes as planned
+from fsdp_qlora.planning.run import WORDS
 from fsdp_qlora.planning.sizes import NUM_RING_SLOTS, NUM_SLOTS, STREAMED, Setting, setting_of
 
 # Where a layer's bytes lie -> what that means, for the user.
-PLACEMENTS = {
-    "sharded": "sharded over the ranks",
-    "offloaded": "sharded over the ranks, slices on the host",
-    "streamed": "streamed from the host",
-    DISK: "streamed from disk",
-    "resident": "whole on every rank",
-    "trained": "trained themselves, nothing quantized",
-}
+PLACEMENTS: dict[str, str] = WORDS["placements"]
 # A CPU rank may take so much more than the plan says (1.4 B parameters, quantized there: 0.27 GiB).
 SPARE_GIB = 0.4
 GROUPS = ("sharded", "offloaded")  # an FSDP group: a slice on every rank, gathered for use

@@ -26,7 +26,7 @@ import torch
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, MXFP4, NESTED
-from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, one_line_of
 from fsdp_qlora.model.matmul import CODES, Quantized4, Quantized8, quantize_rows, row_scales
 from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, STORAGES, Storage, whole_layer_bytes
 
@@ -207,12 +207,10 @@ def _quantize_hqq(weight_OI: torch.Tensor, storage: Storage) -> Fields:
         rule = f"hqq quantizes whole groups of {group_size}, {8 // bits} of them together"
         remedy = "use another --group_size, or --train_type qlora"
         raise UserError(f"a linear of {list(weight_OI.shape)}", rule, remedy)
-    try:  # it has no wheel, so it is optional
+    got, rule = "hqq, which an HQQ base needs", "cannot be imported ({})"  # it has no wheel
+    remedy = "pip install hqq, or use --train_type qlora"
+    with one_line_of(got, remedy, ENVIRONMENT, rule, ImportError):
         from hqq.core.quantize import Quantizer
-    except ImportError as error:
-        got, rule = f"hqq cannot be imported ({error})", "an HQQ base needs the hqq package"
-        remedy = "pip install hqq, or use --train_type qlora"
-        raise UserError(got, rule, remedy, ENVIRONMENT) from None
     groups = {"group_size": group_size, "axis": storage.axis, "device": weight_OI.device.type}
     quantized, meta = Quantizer.quantize(weight_OI, nbits=bits, **groups)
     dtype = getattr(torch, storage.fields[0].dtype)

@@ -3,42 +3,26 @@
 The ledger measures the same rows; their names are part of the format of a run's record.
 """
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from fsdp_qlora.hardware import GIB
 
 PHASES = ("load", "forward", "backward", "optimizer", "save")
 
-PACKED = "packed weights"
-CONSTANTS = "quantisation constants"
-UNQUANTISED = "unquantised weights"
-ADAPTERS = "adapters"
-GRADIENTS = "gradients"
-OPTIMIZER = "optimizer state"
-KEPT = "kept activations"
-LAYER = "activations of one layer"
-BUFFERS = "gathered or streamed layers"
-SCRATCH = "dequantised weight"
-LOSS = "loss chunk"
-LOADING = "load working set"
-LIBRARIES = "library workspaces"
-SLACK = "allocator slack"
-CONTEXT = "CUDA context, collectives"
-DEVICE_ROWS: tuple[str, ...] = (PACKED, CONSTANTS, UNQUANTISED, ADAPTERS, GRADIENTS, OPTIMIZER)
-DEVICE_ROWS += (KEPT, LAYER, BUFFERS, SCRATCH, LOSS, LOADING, LIBRARIES, SLACK, CONTEXT)
-
-HOSTED = "packed layers"
-FILES = "model files in memory"
-SYSTEM = "other programs, system"
-PROCESSES = "processes"
-DATA = "data"
-SAVING = "adapters being saved"
-WAITING = "kept activations, pinned"
-RANKS = "models of the CPU ranks"
-HOST_ROWS = (HOSTED, FILES, SYSTEM, PROCESSES, LOADING, DATA, WAITING, SAVING, RANKS)
+WORDS = tomllib.loads(Path(__file__).with_name("run.toml").read_text(encoding="utf-8"))
+# The table has their names too, and a test compares them.
+DEVICE_ROWS: tuple[str, ...] = tuple(WORDS["device_rows"].values())
+PACKED, CONSTANTS, UNQUANTISED, ADAPTERS, GRADIENTS = DEVICE_ROWS[:5]
+OPTIMIZER, KEPT, LAYER, BUFFERS, SCRATCH = DEVICE_ROWS[5:10]
+LOSS, LOADING, LIBRARIES, SLACK, CONTEXT = DEVICE_ROWS[10:]
+HOST_ROWS: tuple[str, ...] = tuple(WORDS["host_rows"].values())
+HOSTED, FILES, SYSTEM, PROCESSES = HOST_ROWS[:4]
+DATA, WAITING, SAVING, RANKS = HOST_ROWS[5:]
 REST = "not told apart"  # measured only: what comes and goes where nobody looked closer
 
 GPU_LEAST_GIB, HOST_LEAST_GIB = 0.5, 0.05  # smaller rows are added up in one line

@@ -9,9 +9,7 @@ import math
 import os
 import sys
 import textwrap
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import arch, cli, config, hardware
@@ -28,7 +26,7 @@ GROUPS = {"batch size": fit.BATCHING, "checkpointing": fit.KEEPING, "offload": f
 UNKNOWN = dataclasses.replace(hardware.GPUS["3090"], name="unknown GPU", memory_gib=math.inf)
 WIDTH = 100
 WORTH = 1.03  # another setting is worth telling when it is this much faster
-WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+WORDS = rows.WORDS
 IMAGINED = "2x24"
 Values = dict[str, Any]  # as JSON has them
 ALIASES = {"cards": cli.Alias("gpus", lambda text: text.replace(",", "+"))}  # a machine of both
@@ -455,13 +453,12 @@ def survey(info: ModelInfo, cfg: TrainConfig, given: frozenset[str], machine: Ma
 
 
 def _survey_lines(table: Mapping[str, dict[str, Any]]) -> list[str]:
-    head = f"{'GPUs':<12}{'fits':<5}{'longest':>9}{'GiB a GPU':>15}{'host':>7}{'s/step':>8}"
-    lines = [f"{head}{'tokens/s':>10}  rows, layers; checkpointing"]
+    lines = [WORDS["survey_head"]]
     for name, row in table.items():
         limit = "" if row["gpu_limit_gib"] is None else f" of {row['gpu_limit_gib']:.1f}"
         size, verdict = f"{row['gpu_gib']:.1f}{limit}", "yes" if row["fits"] else "NO"
-        line = f"{name:<12}{verdict:<5}{row['longest']:>9,}{size:>15}{row['host_gib']:>7.1f}"
-        line += f"{_number(row['step_s']):>8}{row['tokens_per_s']:>10,.0f}  {row['setting']}"
+        own = {"name": name, "verdict": verdict, "size": size, "step": _number(row["step_s"])}
+        line = WORDS["survey"].format_map(row | own)
         lines += textwrap.wrap(line, WIDTH, subsequent_indent=" " * 68)
     speeds = "; ".join(f"{name}: {row['gpu']}" for name, row in table.items() if row["gpu"] != name)
     notes = [("longest", WORDS["longest"]), *[("speeds", speeds)] * bool(speeds)]

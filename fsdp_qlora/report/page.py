@@ -24,8 +24,7 @@ UNKNOWN = "–"
 # How far measured memory may be from the plan, as a share of it, from LARGE_GIB on.
 ROW_AIM, PEAK_AIM, CPU_AIM, LARGE_GIB = 0.10, 0.05, 0.15, 0.5
 LEAST_GIB = 0.0005  # smaller rows are counted in the total only
-PEAKS = ["device_peak_allocated_gib", "device_peak_reserved_gib", "device_used_gib"]
-PEAKS += ["host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib", "cpu_cores"]
+PEAKS: list[str] = TABLE["peaks"]
 COMPARED = ["predicted", "measured", "difference"]
 
 

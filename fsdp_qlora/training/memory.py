@@ -15,6 +15,7 @@ import importlib
 import mmap
 import threading
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,11 +41,8 @@ FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS)  # what a shorter batch 
 STEP_PHASES = ("forward", "backward", "optimizer")
 DEVICE_ROWS = (*names.DEVICE_ROWS, names.REST)
 Phases = dict[str, GibByRow]
-PROCESS_FIELDS = (
-    *("device_peak_allocated_gib", "device_peak_reserved_gib"),
-    *("device_allocated_gib", "device_reserved_gib", "device_used_gib", "device_total_gib"),
-    *("host_rss_gib", "host_pss_gib", "host_pinned_gib", "host_swap_gib"),
-)
+TABLE = tomllib.loads(Path(__file__).with_name("metrics.toml").read_text(encoding="utf-8"))
+PROCESS_FIELDS: tuple[str, ...] = tuple(TABLE["of_process"])
 PSS_SHARE = 0.005  # most of the time that measuring PSS may take, as a share of one core
 PROC = Path("/proc/self")
 PROCESS_KEYS = ("VmHWM", "RssAnon", "RssFile", "RssShmem")  # of /proc/self/status
@@ -487,10 +485,8 @@ def _what_is_there(device: torch.device, peak: Peak) -> str:
     if device.type != "cuda":
         return f"this rank held {peak.allocated_gib:.2f} GiB of its own at its highest"
     _, reserved_gib, used_gib, total_gib = gpu_memory(device)
-    words = f"{total_gib:.1f} GiB on the GPU: {peak.left_gib:.2f} in tensors, "
-    words += f"{reserved_gib - peak.left_gib:.2f} reserved beside them, "
-    words += f"{used_gib - reserved_gib:.2f} of context and other programs, "
-    return f"{words}{total_gib - used_gib:.2f} free"
+    parts = peak.left_gib, reserved_gib - peak.left_gib, used_gib - reserved_gib
+    return TABLE["on_gpu"].format(total_gib, *parts, total_gib - used_gib)
 
 
 def encode(phases: Phases, share: HostShare) -> list[float]:

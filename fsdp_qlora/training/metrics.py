@@ -20,7 +20,6 @@ import statistics
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +48,7 @@ NUM_SMOOTHED, NUM_RECENT = 20, 50  # steps of the loss and of the time that are 
 MIN_BAR, DUMB_WIDTH, BAR = 8, 80, "{n_fmt}/{total_fmt} {bar} {desc}"  # characters; as tqdm has it
 COUNTS = ("num_trained_tokens", "num_tokens")
 SUMMED = ("step_s", "tokens_per_s", "loss", "skipped", *COUNTS)
-TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TABLE = memory.TABLE
 
 
 Marks = list[tuple[str, Any]]  # phase, its end: a CUDA event, or seconds of perf_counter
@@ -452,12 +451,11 @@ class Recorder:
             running = "waits for the GPU" if self._is_reading else self.tracker.running
             now_s = time.monotonic()
             if running and self._bar.disable and now_s - self._said_s >= cli.LINE_S:
+                where = f"step {self._step + 1}/{self._num_steps} {running}"
                 took_s = f"{now_s - self._stepped_s:.0f} s since the last one"
                 self._said_s = now_s
                 with contextlib.suppress(OSError, ValueError):  # nobody reads any more
-                    print(
-                        f"step {self._step + 1}/{self._num_steps} {running}, {took_s}", flush=True
-                    )
+                    print(f"{where}, {took_s}", flush=True)
 
     def _write(self, line: dict[str, Any]) -> None:
         """Count and write a line; what a full disk does not take is tried again with the next."""
@@ -692,8 +690,7 @@ def _arguments(name: str, cfg: TrainConfig) -> dict[str, Any]:
 
         known = getattr(wandb.Settings, "model_fields", TABLE[name])  # they differ by release
         quiet = {key: value for key, value in TABLE[name].items() if key in known}
-        place = {"dir": str(out_dir), "settings": wandb.Settings(**quiet)}
-        return {**named, **place, "entity": entity}
+        return {**named, "dir": str(out_dir), "settings": wandb.Settings(**quiet), "entity": entity}
     if name == "trackio":
         os.environ.setdefault("TRACKIO_DIR", str(out_dir / "trackio"))  # read at import
         return {**named, **TABLE[name]}

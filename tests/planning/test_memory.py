@@ -197,6 +197,8 @@ def test_cpu_ranks_need_what_was_measured():
 
 def test_rows_of_the_7b_are_this_arithmetic():
     """Llama-2 7B: 32 layers of 4 x 4096 x 4096 + 3 x 4096 x 11008 = 202,375,168 weights."""
+    named = (rows.WORDS["device_rows"] | rows.WORDS["host_rows"]).items()
+    assert all(getattr(rows, name) == row for name, row in named)
     table = on_gpu("7B 4x2048", "sharded")
     gib = {row: table.gib("backward", row) * GIB for row in rows.DEVICE_ROWS}
     assert gib[rows.PACKED] == 32 * 202_375_168 / 2 / 2  # half a byte each, on two GPUs

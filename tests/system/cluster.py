@@ -17,12 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+from tests import faults
+
 ROOT = Path(__file__).parents[2]
 BRIDGE, SUBNET = "br77", "10.77.0"
 LOCK = Path("/run/fsdp_qlora_hosts.lock")
 ALL_SPACES = ("--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
 TIMEOUT_S, PORT = 240.0, 29501
 TRAIN = ("-m", "fsdp_qlora", "train")
+WATCHED = """"$@"; code=$?; for i in $(seq 20); do set -- /proc/[0-9]*
+[ $# = 1 ] && exit $code; sleep 0.1; done; head -c 200 "${@/%//cmdline}"; exit 98"""
 SLURM_CONF = Path(__file__).with_name("slurm.conf")
 
 
@@ -61,6 +67,13 @@ class Process(subprocess.Popen):
         with out.open("ab") as file:
             super().__init__([*map(str, command)], cwd=ROOT, env=env, stdout=file, stderr=file)
 
+    def signal(self, number: int, is_rank: bool = False) -> None:
+        """Signal the torchrun that is started by this, or what that has started."""
+        with contextlib.suppress(psutil.Error):  # it has come to its end
+            below = psutil.Process(self.pid).children(recursive=True)[1:]  # without the bash
+            for process in below[1:] if is_rank else below[:1]:
+                process.send_signal(number)
+
     @property
     def text(self) -> str:
         """What it has printed so far."""
@@ -95,7 +108,7 @@ class Host:
     def start(
         self, command: Sequence[object], out: Path, own: Sequence[Path] = (), **env: str
     ) -> Process:
-        """Start a command there.
+        """Start a command there; its code is 98 if other processes are left 2 s after its end.
 
         Args:
             command: program and arguments.
@@ -110,7 +123,7 @@ class Host:
             path.mkdir(exist_ok=True)
             script += f"mount --bind {shlex.quote(str(disk))} {shlex.quote(str(path))} || exit 99\n"
         spaces = ["ip", "netns", "exec", f"h{self.number}", "unshare", *ALL_SPACES, "bash", "-c"]
-        whole = [*spaces, script + '"$@"; exit $?', self.name, *command]
+        whole = [*spaces, script + WATCHED, self.name, *command]
         self.started.append(Process(whole, out, clean_env(**env)))
         return self.started[-1]
 
@@ -135,13 +148,14 @@ def torchrun(
 ) -> list[Process]:
     """Start `torchrun HOW train ARGV`, one rank a host, static as a rule.
 
-    Host N prints to `out` + N; `more` is for Host.start.
+    Host N prints to `out` + N; `more` is for Host.start, and may bring a fault.
     """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(members)}"]
     command += ["--nproc_per_node=1", "--master_addr=host1", f"--master_port={PORT}"]
-    started = []
+    started, train = [], ("-m", "tests.faults") if faults.VARIABLE in more else TRAIN
     for host in members:
-        whole = [*command, f"--node_rank={host.number - 1}", *how, *TRAIN, *argv]
+        host.mend()
+        whole = [*command, f"--node_rank={host.number - 1}", *how, *train, *argv]
         started.append(host.start(whole, out.with_name(f"{out.name}{host.number}"), **more))
     return started
 
