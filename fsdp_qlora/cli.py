@@ -277,13 +277,13 @@ def chosen(argv: list[str], known: Mapping[str, Sequence[str]], command: str = "
     Raises:
         UserError: it is none of them.
     """
+    program = f"python -m fsdp_qlora {command}".strip()
     if not argv or argv[0] in ("-h", "--help"):
-        width, name = max(map(len, known)) + 1, f"{command} FORM" if command else "COMMAND"
+        width, name = max(map(len, known)) + 1, "FORM" if command else "COMMAND"
         rows = [f"  {word:<{width}} {words}" for word, (_, words) in known.items()]
-        print(f"usage: fsdp-qlora {name} ...  ({name} --help tells more)", "", *rows, sep="\n")
+        print(f"usage: {program} {name} ...  ({name} --help tells more)", "", *rows, sep="\n")
         return ""
     if argv[0] not in known:
-        program = f"python -m fsdp_qlora {command}".strip()
         rule = f"want one of {' '.join(known)}"
         raise UserError(f"{command} {argv[0]}".strip(), rule, f"{program} --help")
     return argv[0]

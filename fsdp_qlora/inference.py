@@ -419,7 +419,7 @@ class OpenOptions:
 
 def _parse(name: str, argv: Sequence[str], cls: Any) -> tuple:
     """The options of a command, those of train.py beside them, the adapter, and the run."""
-    cli.show_help_if_asked(argv, cls, f"usage: fsdp-qlora {name} [--option value ...]")
+    cli.show_help_if_asked(argv, cls, f"usage: python -m fsdp_qlora {name} [--option value ...]")
     own, rest = cli.split(argv, cli.options(cls))
     values, faults = cli.Reader(cls).read(own)
     refuse(faults)

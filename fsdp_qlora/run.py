@@ -96,7 +96,7 @@ def _watch(cfg: config.TrainConfig) -> None:
         from fsdp_qlora.report.watch import Server
 
         server = Server([cfg.resolved_output_dir], None).begin()
-        print(f"watch     {server.url} (fsdp-qlora watch --help tells more)", flush=True)
+        print(f"watch     {server.url} (python -m fsdp_qlora watch --help tells more)", flush=True)
 
 
 def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any, dict[str, Any]]:

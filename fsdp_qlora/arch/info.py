@@ -426,16 +426,18 @@ class ModelInfo:
         own = {linear.format for linear in self.linears} - {""}
         return " + ".join([format_name, *sorted(own)])
 
-    def outer_name(self, name: str) -> str:
+    def outer_name(self, name: str, is_whole: bool = True) -> str:
         """What transformers calls a module or parameter, in a wrapper where the model is of one.
 
         Args:
             name: in the text model, "model.layers.0.self_attn.q_proj".
+            is_whole: False: as it is called within the text model.
         """
         old, new = RENAMED.get(self.model_type, ("", ""))
         name = name.replace(old, new, 1)
         outer = OUTER.get(self.wrapper, "model.language_model.")
-        return outer + name[6:] if self.wrapper and name.startswith("model.") else name
+        is_inside = self.wrapper and is_whole and name.startswith("model.")
+        return outer + name[6:] if is_inside else name
 
     def digest(self, num_places: int = files.NUM_SAMPLES) -> str | None:
         """Tell this base from others, see `files.sample_digest`; all parts of 4-bit weights count.

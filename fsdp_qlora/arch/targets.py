@@ -56,9 +56,8 @@ def find_targets(info: ModelInfo, cfg: TrainConfig) -> tuple[tuple[Target, ...],
     """
     params = {name for kind in info.kinds for name, _ in kind.params}
     is_outer = "language_model" in (cfg.lora_target_modules or "")  # as an adapter of a wrapper
-    full_name = info.outer_name if is_outer else str
     places = {
-        full_name(f"{info.layers_prefix}.{index}.{linear.name}"): (index, linear)
+        info.outer_name(f"{info.layers_prefix}.{index}.{linear.name}", is_outer): (index, linear)
         for index, kind in enumerate(info.by_layer)
         for linear in kind.linears
         if linear.expert is None and not _is_read_whole(linear, params)

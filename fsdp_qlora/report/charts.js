@@ -138,10 +138,11 @@ class Chart {
     const margin = (Math.max(...all) - Math.min(...all)) * 0.04, low = hasZero && !isLog ? Math.min(...all, 0) : Math.min(...all) - margin;
     const high = Math.max(...all) + margin, marks = !isLog ? ticks(low, high) : high - low > 1.5 ? ticks(Math.floor(low), Math.ceil(high)).filter(Number.isInteger)
       : ticks(10 ** low, 10 ** high).filter(v => v > 0).map(Math.log10), [least, most] = [Math.min(low, marks[0]), Math.max(high, marks.at(-1))];
+    const isTiny = !isLog && marks.some(mark => mark && Math.abs(mark) < 1e-3);  // one notation on an axis
     const place = this.place = v => TOP + (most - v) / (most - least) * (this.height - TOP - BOTTOM);
     const image = shape("svg", {viewBox: `0 0 ${width} ${this.height}`, role: "img"});
     for (const mark of marks) image.append(shape("path", {class: "grid", d: `M${LEFT} ${place(mark)}H${width - RIGHT}`}),
-      shape("text", {x: LEFT - 8, y: place(mark) + 4, "text-anchor": "end"}, number(isLog ? +(10 ** mark).toPrecision(9) : mark)));
+      shape("text", {x: LEFT - 8, y: place(mark) + 4, "text-anchor": "end"}, isTiny && mark ? mark.toExponential() : number(isLog ? +(10 ** mark).toPrecision(9) : mark)));
     const [size, word] = view.axis !== "time" ? [1, view.axis === "step" ? "optimizer step" : "tokens"]
       : [[3600, "hours of training"], [60, "minutes of training"], [1, "seconds of training"]].find(row => x1 - x0 > 2 * row[0] || row[0] === 1);
     for (const mark of ticks(x0 / size, x1 / size, Math.max(Math.min(width / 90, 8), 2))) {
@@ -248,8 +249,8 @@ function words() {
   for (const run of runs) for (const s of run.samples) (asked[`?${s.prompt}`] ??= [put("p", {className: "prompt"}, s.prompt ?? "")]).push(
     entry(`${isOne ? "" : `${run.name}, `}${s.when}${s.step ? `, step ${s.step}` : ""}`, s.answer ?? ""), ...(s.expected && s.when === "before" ? [entry("the data", s.expected)] : []));
   byId("live-answers").replaceChildren(...Object.values(asked).map(parts => put("div", {className: "asked"}, ...parts)));
-  byId("live-answers").closest("section").hidden = runs.every(run => !run.samples.length);
   byId("live-log").replaceChildren(...runs.filter(run => run.log.length).flatMap(run => [put("h3", {}, run.name), put("pre", {}, run.log.join("\n"))]));
+  for (const name of ["answers", "log"]) for (const e of [byId(name).parentNode, document.querySelector(`[href="#${name}"]`)]) e.hidden = !byId(`live-${name}`).firstChild;
 }
 
 function refresh() {

@@ -313,7 +313,8 @@ def data(runs: list[Run]) -> tuple[list[str], list[PageTable]]:
 
 
 def _plain(name: str) -> str:
-    return name.removeprefix("num_").replace("_gib", ", GiB").replace("_", " ")
+    plain = name.removeprefix("num_").replace("_gib", ", GiB").replace("_", " ")
+    return TABLE["audit"].get(plain, plain)
 
 
 def _beside(title: str, heads: list[str], columns: list[dict[str, Cell]], kind: str) -> PageTable:
@@ -337,7 +338,7 @@ def answers(run: Run, prefix: str) -> PageTable:
         if sample.get("expected"):
             expected[prompt] = Cell(str(sample["expected"]))
     columns |= {"the data": expected} if expected else {}
-    return _beside(prefix, [*columns], [*columns.values()], "words")
+    return _beside(prefix.removesuffix(": "), [*columns], [*columns.values()], "words")
 
 
 def settings(runs: list[Run]) -> list[PageTable]:

@@ -1,6 +1,6 @@
 """The live page of runs: a server on 127.0.0.1 that reads their directories and writes nothing.
 
-    fsdp-qlora watch output/a output/b
+    python -m fsdp_qlora watch output/a output/b
 
 Finished runs and those still under way lie over each other; a run is followed over its end and a
 resume. From another machine: ssh -L 8123:127.0.0.1:8123 HOST, then open the same address there.

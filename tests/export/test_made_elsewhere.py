@@ -17,7 +17,7 @@ from fsdp_qlora.arch import targets
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.planning.sizes import count_trained
-from tests import tiny, warm
+from tests import tiny, tiny_models, warm
 from tests.ranks import run_ranks
 
 ALPHAS = {"q_proj": 32, r"layers\.1\..*down_proj": 2}
@@ -294,7 +294,7 @@ def test_preferences_that_go_on_from_an_adapter_are_compared_with_it(tmp_path: P
 
 SELECTIONS = [
     {},
-    {"target_modules": ["v_proj", "dense", "fc1", "mlp.up_proj"]},
+    {"target_modules": ["v_proj", "dense", "fc1", "mlp.up_proj", "g_proj"]},
     {"target_modules": r".*\.[02]\..*(q|k|query_key_value|fc2)(_proj)?"},
     {"exclude_modules": ["o_proj", "1.self_attn.q_proj", "dense_4h_to_h", "fc2"]},
     {"exclude_modules": r".*\.1\..*"},
@@ -306,14 +306,17 @@ SELECTIONS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "phi", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "phi", "qwen3", "lfm3"])
 def test_linears_ranks_and_scales_are_chosen_as_peft_chooses(kind: str, tmp_path: Path):
     """Each name of a list that a type has not is left out, as one who knows it would."""
     from peft import LoraConfig, get_peft_model
 
-    path = tiny.save_model(tmp_path / "model", kind)
+    path = tmp_path / "model"
+    tiny_models.save(path, kind)
     info = arch.read(str(path), need_weights=True)
-    names = [linear.last_name for linear in info.linears]
+    names = [
+        info.outer_name(f".{n.name}").rpartition(".")[2] for n in info.linears
+    ]  # lfm3's g_proj
 
     def known(modules):
         is_list = isinstance(modules, list)
@@ -333,7 +336,8 @@ def test_linears_ranks_and_scales_are_chosen_as_peft_chooses(kind: str, tmp_path
             texts[key] = ",".join(map(str, value)) if isinstance(value, list) else text
         for key in ("rank_pattern", "alpha_pattern"):  # keys that match nothing are refused
             if key in changes:
-                kept = {k: v for k, v in changes[key].items() if k != "q_proj" or "q_proj" in names}
+                absent = {"q_proj"} - {*names} | ({"mlp.*"} if kind == "lfm3" else set())
+                kept = {k: v for k, v in changes[key].items() if k not in absent}
                 changes[key], texts[key] = kept, json.dumps(kept)
         cfg = config.TrainConfig(use_rslora=True, **texts)
         peft = get_peft_model(
@@ -345,7 +349,7 @@ def test_linears_ranks_and_scales_are_chosen_as_peft_chooses(kind: str, tmp_path
             if hasattr(m, "lora_A")
         }
         ours = {
-            f"{info.layers_prefix}.{i}.{row.linear.name}": (
+            info.outer_name(f"{info.layers_prefix}.{i}.{row.linear.name}"): (
                 row.rank,
                 row.alpha / math.sqrt(row.rank),
             )

@@ -8,12 +8,15 @@ transformers + peft with each row alone.
 import dataclasses
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
@@ -246,6 +249,15 @@ def test_the_table_in_recipes_is_that_of_this_sweep(found):
     old = TABLE.read_text() if TABLE.exists() else ""
     TABLE.write_text(new := table(found))
     assert old == new, f"{TABLE} was not what the sweep finds; it is now"
+
+
+def test_an_installation_gets_no_newer_transformers_than_was_swept():
+    """pip takes the newest that is admitted, and a newer one may name its arguments otherwise."""
+    project = tomllib.loads((config.PROJECT_DIR / "pyproject.toml").read_text())["project"]
+    wanted = {row.name: row.specifier for row in map(Requirement, project["dependencies"])}
+    swept = Version(re.search(r"transformers ([\d.]+),", TABLE.read_text())[1])
+    assert swept in wanted["transformers"]
+    assert f"{swept.major}.{swept.minor + 1}.0" not in wanted["transformers"]
 
 
 def table(found: dict[str, Finding]) -> str:

@@ -10,7 +10,7 @@ from fsdp_qlora.report import page
 
 # As train.py left it: two CPU ranks, 8 steps of a tiny model, held-out loss before and after.
 REAL = Path(__file__).parent / "run"
-VOID = {"meta", "link", "path", "polygon", "polyline"}
+VOID = {"meta", "link", "path", "polygon", "polyline", "wbr"}
 CONFIG = {"model_name": "models/SmolLM2", "train_type": "qlora", "gpu_budget_gib": None}
 # `data` of summary.json.
 AUDIT = {

@@ -114,7 +114,7 @@ def test_memory_lies_by_row_below_the_plan_and_the_limit(gpus):
     )
     assert bins[-1]["held"] == pytest.approx(last["device_peak_reserved_gib"], rel=1e-5)
     assert levels == {"plan: peak": 6.5, "GPU has": 24.0}
-    assert page.memory("host")[1] == {"plan: peak": 7.0, "may be used": 16.0}
+    assert page.memory("host")[1] == {"plan: peak": 7.0, "usable": 16.0}
     assert [*page.data["look"]["rows"]][: len(names.DEVICE_ROWS)] == [*names.DEVICE_ROWS]
 
 
@@ -184,7 +184,7 @@ def test_a_run_of_an_early_version_is_shown_and_what_it_lacks_is_said(tmp_path):
         [{"step": i, "total": 10.0, "held": 10.0} for i in (1, 2, 3)],
         {"GPU has": 24.0},
     )
-    assert page.memory("host")[1] == {"may be used": 15.0}
+    assert page.memory("host")[1] == {"usable": 15.0}
 
 
 def test_a_run_that_goes_on_tells_what_is_left(tmp_path):
@@ -270,6 +270,8 @@ def test_names_and_answers_cannot_break_out_of_their_place(tmp_path):
     page = page_of(run, out=run)
     assert [tag for tag, _ in page.tags].count("script") == 2  # the data, and what draws them
     assert "a<b>&" in page.words and page.tables["Answers"][bad] == [(bad, None)]
+    assert page.words.count("Answers") == 2  # in the contents, and above them
+    assert page_of(run, REAL, out=run).tables["a<b>&"][bad] == [(bad, None)]
 
 
 def test_the_audit_stands_in_the_report_with_the_places_of_what_is_lost(tmp_path):
@@ -279,7 +281,7 @@ def test_the_audit_stands_in_the_report_with_the_places_of_what_is_lost(tmp_path
     assert page.tables["Data"] == {
         "sources": [("a<b>.jsonl", None)],
         "rows": [("1,200", 1200)],
-        "cut": [("3", 3)],
+        "rows cut": [("3", 3)],
         "epoch tokens": [("54,321", 54_321)],
         "padding, batches": [("12.5%", 0.125)],
         "padding, packed": [("1.0%", 0.01)],

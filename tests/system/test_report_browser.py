@@ -19,7 +19,16 @@ from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.report import page as report
 from fsdp_qlora.report.watch import Server
 from tests import tiny, warm
-from tests.report.runs import AUDIT, CONFIG, REAL, gpu_facts, gpu_step, step_line, write_run
+from tests.report.runs import (
+    AUDIT,
+    CONFIG,
+    REAL,
+    gpu_facts,
+    gpu_step,
+    step_line,
+    steps_of,
+    write_run,
+)
 from tests.test_run import flags
 
 pytestmark = pytest.mark.system
@@ -176,6 +185,15 @@ def test_zoom_axis_scale_and_legend_act_on_every_chart(browser, path):
         for figure in (loss, speed):
             marks = [float(mark) for mark in x_marks(figure)]
             assert 2400 <= marks[0] < marks[-1] <= 5100
+        page.keyboard.down("Shift")
+        drag(page, loss.locator(".view"), 0.9, 0.5)  # 2,500 to 5,000 goes on by 1,000
+        moved = [float(mark) for mark in x_marks(speed)]
+        assert moved[0] >= 3400 and 5500 <= moved[-1] <= 6100 and x_marks(loss) == x_marks(speed)
+        for _ in range(9):
+            drag(page, speed.locator(".view"), 0.9, 0.1)
+        moved = [float(mark) for mark in x_marks(loss)]
+        assert moved[0] >= 7400 and moved[-1] == 10000  # it stops where the run does
+        page.keyboard.up("Shift")
         loss.locator(".view").dblclick()
         assert x_marks(speed) == whole
         page.get_by_role("button", name="time", exact=True).click()
@@ -196,9 +214,21 @@ def test_zoom_axis_scale_and_legend_act_on_every_chart(browser, path):
         assert drawn.count() > 4
 
 
+def test_the_axis_of_tokens_is_what_the_steps_add_up_to(browser, path, runs):
+    with opened(browser, path.as_uri()) as page:
+        page.get_by_role("button", name="tokens", exact=True).click()
+        loss = page.locator("#curves figure").first
+        assert loss.locator(".axis").inner_text() == "tokens"
+        sums = [[*itertools.accumulate(s["num_tokens"] for s in steps_of(run))] for run in runs]
+        assert float(x_marks(loss)[-1]) == pytest.approx(max(map(max, sums)), rel=0.2)
+        hover(page, loss, 0.6)
+        at = loss.locator(".at").text_content().removeprefix("tokens ")
+        assert float(at.replace(",", "")) in set().union(*sums)
+
+
 def test_series_of_any_kind_are_drawn_within_their_chart(browser, tmp_path):
     """Constant, tiny, not a number, one step, 100,000 of them with one that stands out."""
-    flat = [step_line(i, 2.0) for i in range(1, 13)]
+    flat = [step_line(i, 2.0) | {"learning_rate": 2e-4 * i} for i in range(1, 13)]
     nan = [step_line(i, None if i % 3 else 1.0) for i in range(1, 13)]
     long = [step_line(i, 9.0 if i == 54_321 else 1.0 + i % 7 / 10) for i in range(1, 100_001)]
     for name, steps, at_least in (
@@ -219,6 +249,9 @@ def test_series_of_any_kind_are_drawn_within_their_chart(browser, tmp_path):
             ys = [float(y) for y in re.findall(r"[ML][\d.-]+ ([\d.-]+)", drawn)]
             assert all(8 <= y <= 208.1 for y in ys)
             assert ("no finite value" in figure.inner_text()) == (name == "none")
+            for axis in page.locator("#curves figure").all():  # one notation on an axis
+                marks = axis.locator("text[x='48']").all_text_contents()
+                assert len({"e" in mark for mark in marks if mark != "0"}) <= 1
             if name == "long":
                 print(f"100,000 steps: written and open in {took_s:.1f} s")
                 assert len(ys) < 10_000 and min(ys) < 30  # thinned, and the one stands out
@@ -232,6 +265,10 @@ def test_a_page_follows_runs_as_they_write_through_a_resume_and_to_their_end(bro
     with opened(browser, server.url) as page:
         tile = page.locator(".tile", has_text="Step").locator("b")
         tile.first.get_by_text("20", exact=True).wait_for()
+        page.locator("#log").wait_for(state="hidden")  # nothing stands there
+        (first / "logs").mkdir()
+        (first / "logs" / "rank0.log").write_text("a line")
+        page.locator("#live-log pre", has_text="a line").wait_for()
         write_run(second, [gpu_step(i, seed=7) for i in range(1, 11)], (2.5,))
         tile.nth(1).get_by_text("10", exact=True).wait_for()
         assert page.locator('#curves [data-name="second"]').count() > 4
