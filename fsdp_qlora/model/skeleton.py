@@ -309,12 +309,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     """
     config, chosen = transformers_config(info), choose_kernels(cfg, device, info.attention_extra)
     config.use_cache, attention = False, chosen.attention
-    # What is drawn would be another where a layer runs again; Phi-MoE's router computes with one.
-    words = ("drop", "input_jitter" if hasattr(config, "input_jitter_noise") else "jitter")
-    for name, value in vars(config).copy().items():
-        if type(value) is float and value and any(word in name for word in words):
-            setattr(config, name, 0.0)
-            chosen = dataclasses.replace(chosen, note=f"{chosen.note}, {name} {value} is off")
+    chosen = dataclasses.replace(chosen, note=chosen.note + _settle(config))
     if attention == "sdpa":
         attention = register(config, chosen.has_row_kernel and not info.attention_extra)
     try:
@@ -322,8 +317,6 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     except KeyError as error:
         rule = f"model type {info.model_type} has attention classes of its own ({error})"
         raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
-    for router in (m for m in hf_model.modules() if hasattr(m, "router_jitter_noise")):
-        router.eval().train = lambda *_: None  # in training it draws the experts
     head = _loss_head(hf_model, info)
     names = stored_names(hf_model, info)
     inside = {at: name for name, at in names.items()}  # name in the files -> in the model
@@ -357,6 +350,21 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     model = QuantizedModel(_decoder(hf_model)[1], head, layouts, chosen)
     model.tensors, model.layers_prefix = _places(hf_model, head, names), info.outer_name(prefix)
     return model.train()
+
+
+def _settle(config: Any) -> str:
+    """Switch off what a base draws in training: it would be another where a layer runs again.
+
+    Returns:
+        What was on, for the user.
+    """
+    # Phi-MoE's routers compute with the other.
+    words = ("drop", "input_jitter" if hasattr(config, "input_jitter_noise") else "jitter")
+    every = ((n, v) for n, v in vars(config).items() if any(word in n for word in words))
+    found = {name: value for name, value in every if type(value) is float and value}
+    for name in found:
+        setattr(config, name, 0.0)
+    return "".join(f", {name} {value} is off" for name, value in found.items())
 
 
 def _is_known(hf_model: Any, spares: bool, info: ModelInfo, cfg: TrainConfig) -> bool:
@@ -443,12 +451,15 @@ def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
     logging.set_verbosity_error()
     with init_empty_weights(include_buffers=False), _LargeOnMeta():
         try:
-            return AutoModelForCausalLM.from_config(
+            made = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention
             )
         except ValueError as error:
             rule = "is no causal language model in this transformers"
             raise UserError(f"model type {config.model_type}", rule, OTHER_MODEL) from error
+    for router in (m for m in made.modules() if hasattr(m, "router_jitter_noise")):
+        router.eval().train = lambda *_: None  # Phi-MoE's, which draws the experts in training
+    return made
 
 
 class _LargeOnMeta(TorchFunctionMode):
