@@ -25,7 +25,7 @@ EXPERTS = 8  # of no other size: a linear with so many outputs is a router
 # Values and the attributes that have them; what a few types need beside it; variants beside a type.
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 CHOSEN = {name: value for value, names in TABLES["values"] for name in names.split()}
-NO_DROPOUT = ("dropout", "pdrop", "jitter", "layerdrop")
+DROPOUT = ("dropout", "pdrop", "jitter", "layerdrop")
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "eod_token_id": 2}
 # Lists with one entry for each layer; every kind occurs, and every pair of kinds of two lists.
 PER_LAYER = {"layer_types": 1, "layers_block_type": 1, "mlp_layer_types": 2, "indexer_types": 1}
@@ -71,9 +71,9 @@ def tiny_config(name: str) -> PreTrainedConfig:
     chosen = {k: v for k, v in (CHOSEN | TOKENS).items() if k in attributes}
     chosen = {k: v for k, v in chosen.items() if usual.attribute_map.get(k, k) == k}
     chosen |= {
-        key: 0.0
+        key: 0.1
         for key, value in values.items()
-        if type(value) is float and any(part in key for part in NO_DROPOUT)
+        if type(value) is float and any(part in key for part in DROPOUT)
     }
     for key, times in PER_LAYER.items():
         if isinstance(values.get(key), list):

@@ -50,12 +50,11 @@ SINGLE_NAME = "model.safetensors"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 CODE_BYTES = {"U8": 1, "I8": 1, "I32": 4, "I64": 8, "F8_E4M3": 1, "F8_E8M0": 1}
 QUANTIZED_ITEM_BYTES = ITEM_BYTES | CODE_BYTES
-NOT_WEIGHTS = ("adapter_model", "consolidated")  # an adapter; a second copy in another format
 PICKLED = {".bin", ".pt", ".pth", ".ckpt"}
 GROUP = 64  # weights that share one constant
 NESTED = 256  # constants that share one constant of the second level
 ORIGINAL, FETCH = "take the 16-bit original of this model", "fetch it again"
-SAME_PLACE = "copy config.json and the weights from the same place"
+SAME_PLACE = "take config.json and the weights from one place, or another model"
 NUMBERS = ("BOOL", "I16", "I64", "U16", "U32", "U64")  # no format of 4 or 8 bit is made of these
 STATE = ".quant_state.bitsandbytes__"
 MXFP4 = "mxfp4"
@@ -64,6 +63,8 @@ COMPRESSED = "compressed-tensors"
 CODED = "pack-quantized int-quantized float-quantized naive-quantized mixed-precision dense"
 SCALED: dict[str, str] = TABLE.pop("scaled")
 OF_ACTIVATIONS = re.compile(r"(activation|input|output|[qkv])_(scale|zero_point)|input_scale_ub")
+# Tables and masks that older releases stored; they are computed.
+BUFFER = re.compile(r".+\.(rotary_emb\.inv_freq|(attention|attn)\.(masked_)?bias)")
 PIECE = 1 << 16  # bytes compared at once
 # Run apart, for it imports torch.
 BUILDER = TABLE.pop("builder")
@@ -319,7 +320,7 @@ def read_tensors(directory: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) ->
         if not is_same or not all(same_bytes(ref, tensors[n], PIECE) for n, ref in header.items()):
             rule = f"holds another model than the files that {INDEX_NAME} names"
             raise _damaged(single, rule, "remove what is left of the other model")
-    return tensors
+    return {name: ref for name, ref in tensors.items() if not BUFFER.fullmatch(name)}
 
 
 def same_bytes(one: TensorRef, other: TensorRef, num_bytes: int) -> bool:
@@ -428,14 +429,15 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> Refs:
         why = brief(error).partition("header: ")[2] or brief(error)
         size = path.stat().st_size
         raise _damaged(path, f"{size} bytes are no safetensors file ({why[:80]})") from None
-    if others := sorted({dtype for dtype, _ in kinds.values()} - item_bytes.keys()):
+    needed = {dtype for name, (dtype, _) in kinds.items() if not BUFFER.fullmatch(name)}
+    if others := sorted(needed - item_bytes.keys()):
         of_kind = [name for name, (dtype, _) in kinds.items() if dtype == others[0]]
         rule = f"holds {others[0]} tensors ({of_kind[0]}); a base is {', '.join(ITEM_BYTES)}"
         remedy = "take a model without such" if others[0] in NUMBERS else ORIGINAL
         raise UserError(str(path), rule, remedy)
     start, refs = 8 + int.from_bytes(head[:8], "little"), {}  # the header; then byte upon byte
     for name, (dtype, shape) in kinds.items():
-        nbytes = math.prod(shape) * item_bytes[dtype]
+        nbytes = math.prod(shape) * item_bytes.get(dtype, 1)  # of a mask: 1
         refs[name] = TensorRef(path, dtype, tuple(shape), start, nbytes)
         start += nbytes
     return refs
@@ -470,7 +472,8 @@ def _list_files(directory: Path) -> list[str]:
     if (directory / SINGLE_NAME).exists():
         return [SINGLE_NAME]
     names = sorted(path.name for path in directory.glob("*.safetensors"))
-    weights = [name for name in names if not name.startswith(NOT_WEIGHTS)]
+    # No weights are an adapter, and a second copy in another format.
+    weights = [name for name in names if not name.startswith(("adapter_model", "consolidated"))]
     pickled = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLED)
     if pickled and not weights:
         rule = f"only pickled weights ({pickled[0]}), which can run code and are never read"

@@ -24,7 +24,6 @@ from fsdp_qlora.arch.files import MXFP4, QuantizedRef, Refs, Shapes, Stored
 from fsdp_qlora.errors import UserError
 
 INDEXED = re.compile(r"(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<name>.+)")
-PRE_NORMS = ("input_layernorm", "post_attention_layernorm")
 EXPERT = re.compile(r"(?P<block>.+)\.experts\.(?P<index>\d+)\.(?P<part>\w+)\.weight")
 JOINED = "gate_up_proj"  # of an expert, both projections in one
 FUSED = re.compile(files.TABLE["patterns"]["fused"])
@@ -39,7 +38,6 @@ BARE = {"layers.0.": "model.", "h.0.": "transformer.", "decoder.layers.0.": "mod
 # Names of the text half in the files of a model that sees or hears too -> those of a text model.
 WRAPPED = re.compile(files.TABLE["patterns"]["wrapped"])
 FORETELLING = re.compile(r"(model\.)?mtp(_\w+)?\.")
-WRAPPED_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 OWN_CONFIG = "take the model's own config.json"
 
 
@@ -173,7 +171,7 @@ class LayerShape:
         defaults: of other sizes, which wrappers leave to the class of the config.
     """
 
-    norms: Sequence[str] = PRE_NORMS
+    norms: Sequence[str] = ("input_layernorm", "post_attention_layernorm")
     has_head_norms: bool = False
     qkv_bias: bool | str = False
     o_bias: bool | str = False
@@ -188,7 +186,7 @@ _TABLE = {name: row for name, row in files.TABLE.items() if name != "patterns"}
 EXECUTION_ORDER, OTHER_NAMES = _TABLE.pop("execution_order"), _TABLE.pop("other_names")
 RENAMED, OUTER = _TABLE.pop("renamed"), {"llama4": "language_model.model."}
 ACTIVATIONS, DTYPES, ROPES = map(_TABLE.pop, ("activations", "dtypes", "ropes"))
-RECURRENT = _TABLE.pop("recurrent")
+RECURRENT, LEFT_OUT = _TABLE.pop("recurrent"), _TABLE.pop("left_out")
 LAYOUTS = {name: LayerShape(**row) for name, row in _TABLE.items()}
 
 
@@ -633,7 +631,7 @@ def inner_name(name: str) -> str:
     """What a text model calls a tensor of a wrapper's files; "" for one of another part."""
     if match := WRAPPED.fullmatch(name):
         return f"model.{match[1]}"
-    return HEADS[0] if name in WRAPPED_HEADS else ""
+    return HEADS[0] if name in ("lm_head.weight", "language_model.lm_head.weight") else ""
 
 
 def _checked_config(config: dict, model_name: str) -> dict:
@@ -652,11 +650,11 @@ def _checked_config(config: dict, model_name: str) -> dict:
         rule = "chooses the keys of each token by an indexer, which is not computed here"
         raise UserError(got, rule, "take another model")
     _check_values(config)
-    left_out = ("auto_map", "quantization_config", "attn_implementation", "experts_implementation")
     if config.get("sliding_window") in (0, -1):  # older releases wrote "none" so
         config = config | {"sliding_window": None}
     if SLIDING in str(config.get("layer_types")) and config.get("sliding_window", 1) is None:
         raise UserError(got, f"has {SLIDING}, and its window is none", "say how long it is")
+    left_out = LEFT_OUT.split()
     return {key: config[key] for key in config if key not in left_out and not key.startswith("_")}
 
 
@@ -702,17 +700,16 @@ def split_experts(tensors: Refs, hidden: int) -> Refs:
 
 
 def _without_copies(tensors: Refs, config: dict) -> Refs:
-    """Leave out what is stored twice or can be computed: a tied head, old rotary tables.
+    """Leave out what is stored twice: a tied head.
 
-    A head of other bytes than the embedding's is none of these: `config` is untied, in place.
+    A head of other bytes than the embedding's is none: `config` is untied, in place.
     """
     head, is_tied = tensors.get(HEADS[0]), _is_tied(config)
     if head is not None and is_tied:
         others = [ref for n, ref in tensors.items() if n != HEADS[0] and ref.shape == head.shape]
         is_tied = not others or any(files.same_bytes(head, ref, head.nbytes) for ref in others)
         config["tie_word_embeddings"] = is_tied
-    left_out = ("rotary_emb.inv_freq",) + HEADS[:1] * is_tied
-    return {name: ref for name, ref in tensors.items() if not name.endswith(left_out)}
+    return {name: ref for name, ref in tensors.items() if not is_tied or name != HEADS[0]}
 
 
 def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_name: str) -> None:
@@ -721,7 +718,10 @@ def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_nam
     if num_layers != num_found:
         rule = f"config.json says {num_layers} decoder layers, the files hold {num_found}"
         raise UserError(model_name, rule, files.SAME_PLACE)
-    files.check_shapes(structure.all_shapes(), shapes, model_name)
+    expected = structure.all_shapes()
+    if config.get("tie_word_embeddings") is False and not expected.keys() & {*HEADS}:
+        expected[HEADS[0]] = ()
+    files.check_shapes(expected, shapes, model_name)
 
 
 def _is_number(value: Any) -> bool:
@@ -755,6 +755,8 @@ RULES = (
     (_is_number, "a number", "initializer_range"),
     (lambda v: _is_number(v) and 0 <= v < 1, "from 0 to below 1", "attention_dropout"),
     (_is_rope, f"a table whose rope_type is one of {ROPES}", "rope_scaling rope_parameters"),
+    (lambda v: v in (False, "vision"), "false or vision", "use_bidirectional_attention"),
+    (lambda v: v is True, "true", "is_causal"),
     (lambda v: v in ACTIVATIONS.split(), f"one of {ACTIVATIONS}", "hidden_act hidden_activation"),
     (lambda v: v in DTYPES.split(), f"one of {DTYPES}", "dtype torch_dtype"),
     (lambda v: type(v) is int, "a whole number or null", "pad_token_id"),

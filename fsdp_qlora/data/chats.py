@@ -14,8 +14,6 @@ CALL, ROLES = "function_call", WORDS["roles"]
 SWITCHES = ("weight", "loss", "train", "loss_weight")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 SYSTEM_COLUMNS = ("system", "system_prompt")
-# What is read of a message whatever the chat template is, or is looked for in what it writes.
-FIELDS = {"role", "content", "tool_calls", *REASONING}
 TEXT_PARTS = ("text", "input_text", "output_text")  # of a content in parts
 JSON_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text"}
 JSON_KINDS |= {type(None): "null", list: "a list"}
@@ -161,15 +159,14 @@ def _message(number: int, entry: object) -> dict:
         if others.get(name) not in (None, 0, 1):
             shown = one_line(str(others[name]))[:30]
             raise Refused(f"message {number} {name} is {shown} (want 0 or 1)")
-    content, *thoughts = (_joined(part) for part in (content, *map(others.get, REASONING)))
-    others |= {name: said for name, said in zip(REASONING, thoughts, strict=True) if said}
+    others |= {name: _joined(others[name]) for name in REASONING if name in others}
     old = None if others.get("tool_calls") else from_json(CALL, others.pop(CALL, None))
     if old:  # OpenAI's form before tool_calls
         others["tool_calls"] = [{"type": "function", "function": old}]
     calls = objects(f"tool_calls of message {number}", others.get("tool_calls"))
     if calls:
         others["tool_calls"], content = calls, "" if content is None else content
-    require_text(f"message {number} content", content)
+    require_text(f"message {number} content", content := _joined(content))
     return {**others, "role": ROLES[spelled], "content": content}
 
 

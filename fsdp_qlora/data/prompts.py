@@ -15,7 +15,6 @@ from fsdp_qlora.data.tokens import Sample
 NUM_HELD_OUT = 3
 PROBE = "Which question?"
 TEXT_TOKENS = 32  # of running text, in which nothing is a question
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 
 
 class Prompt(NamedTuple):
@@ -115,7 +114,7 @@ def read_prompts(path: Path, flag: str) -> list[tuple[str, Any, dict]]:
     found = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise errors.UserError(f"{flag} {path}", "is empty", remedy)
-    is_json, asked = path.suffix.lower() in JSON_SUFFIXES, []
+    is_json, asked = path.suffix.lower() in (".jsonl", ".json", ".ndjson"), []
     for place, line in found:
         row = sources.parse_json(line) if is_json else line
         whole = row if isinstance(row, dict) else {"prompt": row}

@@ -26,7 +26,6 @@ TOKENS, OWN = "tokens", "own template"
 # Columns of preferences: a chosen and a rejected answer; whether an answer is a good one.
 PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 LABELS = ("label", "kto_tag")
-JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
 @dataclass(frozen=True)
@@ -281,9 +280,8 @@ class RowFormatter:
         used |= self.row_template.variables if self.row_template is not None else set()
         used |= {*TOOL_COLUMNS, KWARGS} if self._as_chat(found) else set()
         if found.name == CHAT and found.messages is not None:
-            known = chats.FIELDS | self.chat.fields - {*chats.SWITCHES}
             every = ((n, v, m["role"]) for m in found.messages(row) for n, v in m.items())
-            lost = (at for at in every if at[0] not in known and not _is_heeded(*at))
+            lost = (at for at in every if not _is_heeded(*at) and at[0] not in self.chat.fields)
             names = list(dict.fromkeys(f"{name} of {role} messages" for name, _, role in lost))
         given = (name for name, value in row.items() if value not in NOTHING)
         return [str(name) or "(unnamed)" for name in given if name not in used] + names
@@ -407,7 +405,8 @@ class RowFormatter:
             texts, end = [Text(self.chat.whole(messages, **values), (), True)], len(messages) - 1
         else:
             texts, end = self.chat.render(messages, learned, **values), learned[-1]
-        notes += find_lost(messages, learned, texts, end, tools) if learned else []
+        is_read = learned or self.train_on == "all"
+        notes += find_lost(messages, learned, texts, end, tools) if is_read else []
         return [texts[0]._replace(notes=(*texts[0].notes, *notes)), *texts[1:]]
 
     def _with_calls(self, messages: list[dict], values: dict[str, Any]) -> list[dict]:
@@ -492,7 +491,7 @@ def choose(
         return RowFormatter(chat, train_on, system)
     if template in NAMES:
         return RowFormatter(chat, train_on, system, format_name=template)
-    if template.endswith(JINJA_SUFFIXES):
+    if template.endswith((".jinja", ".jinja2", ".j2")):
         source = sources.read_own_file(Path(template), "--template", "give a Jinja file")
         jinja = Chat(source, names, template)
         if "messages" in jinja.variables:

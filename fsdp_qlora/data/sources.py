@@ -26,7 +26,6 @@ from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError, brief, one_line_of
 WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
 DUMMY = "dummy"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:]*))?(?::(.+))?")
-OWN_FUNCTION = "get_custom_dataset"
 MOST_HASHED_BYTES = 2**28  # larger files are known by size and time: a hash would take long
 MOST_NAMES = 50_000  # in a directory of rows and below it; `/` holds millions
 FORMATS = "a .jsonl, .json, .csv, .parquet or .txt file (or .gz, .zst), a directory of them"
@@ -427,7 +426,7 @@ def read(sources: list[Source]) -> PlacedRows:
 
 def _find_one(name: str, cfg: TrainConfig, split: str | None, tokenizer: Any) -> list[Source]:
     if match := OWN_CODE.fullmatch(name):
-        return [_own_source(Path(match[1]), match[2] or OWN_FUNCTION, split, tokenizer)]
+        return [_own_source(Path(match[1]), match[2] or "get_custom_dataset", split, tokenizer)]
     entry = HUB_SETS.get(name)
     if entry is None:
         try:

@@ -36,7 +36,6 @@ Span = tuple[int, int]
 # Names of what the assistant thought, as transformers knows them.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 END_OF_THOUGHT = "</think>"
-SET_BY_US = {"messages", "tools", "add_generation_prompt"}
 # What templates, JSON and Python write in several ways.
 NO_WORDS = re.compile(r"</?think>|\\u00[01][0-9a-f]|\\[bfnrt]|[\s\x00-\x1f\x7f\\\"']")
 LONGEST_RENDER_S = 30  # of one row
@@ -182,7 +181,7 @@ class Chat(Template):
     ) -> None:
         super().__init__(source, names, place)
         self.with_tools = self if tool_source is None else Template(tool_source, names, place)
-        self.fields |= self.with_tools.fields
+        self.fields |= self.with_tools.fields | {"role", "content", "tool_calls", *REASONING}
 
     def chosen(self, tools: Any) -> Template:
         """Return the template of a conversation: a tokenizer may have one for tools."""
@@ -190,7 +189,8 @@ class Chat(Template):
 
     def unread(self, values: Mapping[str, Any], tools: Any = None) -> list[str]:
         """Return the names of values that the template does not read."""
-        return sorted(set(values) - (self.chosen(tools).variables - SET_BY_US))
+        set_by_us = {"messages", "tools", "add_generation_prompt"}
+        return sorted(set(values) - (self.chosen(tools).variables - set_by_us))
 
     def prompt(self, messages: list[dict], **values: Any) -> str:
         """Return the text after which the assistant speaks."""
@@ -292,9 +292,8 @@ def find_lost(
         ("reasoning", which) for an earlier turn whose reasoning the template leaves out, as it does
         when the model is used; ("dropped", which) for anything else.
     """
-    named = [tool.get("function", tool) for tool in tools or () if isinstance(tool, dict)]
-    called = (tool.get("name", tool) if isinstance(tool, dict) else tool for tool in named)
-    names = [name for tool in called for name in _leaves(tool)]
+    named = [f for tool in tools or () if isinstance(f := tool.get("function", tool), dict)]
+    names = [leaf for tool in named for leaf in _leaves(tool.get("name", tool))]
     said = [_Said("tools", names, []), *map(_said, messages[: end + 1], itertools.count(1))]
     plain = [_plain(text.text) for text in texts]
     held = ["\0".join(map(_plain, entry.pieces)) for entry in said]
@@ -309,7 +308,7 @@ def find_lost(
             yield "dropped", f"{which} {lost[0][:MOST_SHOWN]!r}"
         lost = [part for part in thoughts if text.count(_plain(part)) <= pool.count(_plain(part))]
         if lost:
-            kind = "dropped" if is_own or number - 1 == max(turns) else "reasoning"
+            kind = "dropped" if is_own or number - 1 == max(turns, default=-1) else "reasoning"
             yield kind, f"the reasoning of {which} {lost[0][:MOST_SHOWN]!r}"
 
 
@@ -328,8 +327,7 @@ class _Said(NamedTuple):
 
 def _said(message: dict, number: int) -> _Said:
     content = message["content"]
-    every = (part for name in REASONING for part in _leaves(message.get(name)))
-    thoughts = list(dict.fromkeys(every))
+    thoughts = [*dict.fromkeys(t for name in REASONING for t in _leaves(message.get(name)))]
     if message["role"] == "assistant" and END_OF_THOUGHT in content:
         thought, _, content = content.rpartition(END_OF_THOUGHT)
         thoughts.append(thought)

@@ -25,7 +25,7 @@ from fsdp_qlora.data.row_formats import BLOCKS, TOKENS, RowFormatter
 from fsdp_qlora.data.sources import BadRow, PlacedRows, RowPlace, TextPiece
 from fsdp_qlora.data.tokenizer import Refused, Span, Text, TextTokenizer
 
-VERSION = 4  # of what the files mean; raise it when that or the way rows become tokens changes
+VERSION = 5  # of what the files mean; raise it when that or the way rows become tokens changes
 CODES, TABLE, FACTS = "codes.bin", "table.bin", "facts.json"
 START, FILE, NUMBER, HASH, NUM_TRAINED, NUM_UNCUT, PROMPT, SECOND, LABEL = range(9)
 CHUNK = 1024  # texts that are tokenized at once

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
 from fsdp_qlora.arch import LayerKind, ModelInfo
@@ -129,6 +130,9 @@ def apply_liger(hf_model: "PreTrainedModel") -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    kinds = set(map(type, hf_model.modules()))  # its kernels know one activation each
+    words = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
+    own |= {word: False for word, act in words.items() if type(ACT2FN[act]) not in kinds}
     experts = {type(module) for module in hf_model.modules() if hasattr(module, "is_transposed")}
     with contextlib.suppress(AttributeError):  # a mixture whose first layers are dense
         _apply_liger_kernel_to_instance(model=hf_model, **own)
@@ -305,6 +309,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     """
     config, chosen = transformers_config(info), choose_kernels(cfg, device, info.attention_extra)
     config.use_cache, attention = False, chosen.attention
+    chosen = dataclasses.replace(chosen, note=chosen.note + _settle(config))
     if attention == "sdpa":
         attention = register(config, chosen.has_row_kernel and not info.attention_extra)
     try:
@@ -345,6 +350,21 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     model = QuantizedModel(_decoder(hf_model)[1], head, layouts, chosen)
     model.tensors, model.layers_prefix = _places(hf_model, head, names), info.outer_name(prefix)
     return model.train()
+
+
+def _settle(config: Any) -> str:
+    """Switch off what a base draws in training: it would be another where a layer runs again.
+
+    Returns:
+        What was on, for the user.
+    """
+    # Phi-MoE's routers compute with the other.
+    words = ("drop", "input_jitter" if hasattr(config, "input_jitter_noise") else "jitter")
+    every = ((n, v) for n, v in vars(config).items() if any(word in n for word in words))
+    found = {name: value for name, value in every if type(value) is float and value}
+    for name in found:
+        setattr(config, name, 0.0)
+    return "".join(f", {name} {value} is off" for name, value in found.items())
 
 
 def _is_known(hf_model: Any, spares: bool, info: ModelInfo, cfg: TrainConfig) -> bool:
@@ -431,12 +451,15 @@ def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
     logging.set_verbosity_error()
     with init_empty_weights(include_buffers=False), _LargeOnMeta():
         try:
-            return AutoModelForCausalLM.from_config(
+            made = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention
             )
         except ValueError as error:
             rule = "is no causal language model in this transformers"
             raise UserError(f"model type {config.model_type}", rule, OTHER_MODEL) from error
+    for router in (m for m in made.modules() if hasattr(m, "router_jitter_noise")):
+        router.eval().train = lambda *_: None  # Phi-MoE's, which draws the experts in training
+    return made
 
 
 class _LargeOnMeta(TorchFunctionMode):

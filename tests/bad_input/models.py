@@ -218,6 +218,8 @@ CASES = [
     Case("rotation as text", "whose rope_type is one of", make=config(rope_parameters="x")),
     Case("base as text", "rope_theta = '1e4'", make=config(rope_theta="1e4")),
     Case("unknown activation", "must be one of", make=config(hidden_act="evil")),
+    Case("sees later ones", "false or vision", make=config(use_bidirectional_attention=1)),
+    Case("not causal", "must be true", make=config(is_causal=False)),
     Case("unknown dtype", "must be one of", make=config(dtype="evil")),
     Case("negative positions", "positive integer", make=config(max_position_embeddings=-1)),
     Case("dropout of all", "from 0 to below 1", make=config(attention_dropout=2)),

@@ -137,6 +137,13 @@ def test_lost_text_is_refused_with_its_place_or_trained_with_leave(tmp_path, row
     (note, *_), texts = audit(tmp_path, rows, template, "--allow_dropped_text")
     assert note.startswith("1 rows lose text that the chat template does not write: /x.jsonl:1 ")
     assert texts[-1] == tokenizer.Chat(template, NAMES, "").whole(row)
+    with pytest.raises(UserError, match=r"message 2 \(tool\) 'Z'"):  # learned, and no answer
+        audit(
+            tmp_path,
+            [{"messages": [*chat("a"), {"role": "tool", "content": "Z"}]}],
+            ROLES,
+            "--train_on=all",
+        )
 
 
 def test_reasoning_of_earlier_turns_that_is_cut_as_at_inference_is_counted_and_trained(tmp_path):

@@ -284,11 +284,6 @@ def test_tools_are_shown_to_the_template(choose, tmp_path):
         assert choose(str(path)).render(CHAT | {"tools": tools})[0].text == '[{"name": "f"}]Hi'
     with pytest.raises(Refused, match='"tools" is not JSON'):
         choose(str(path)).render(CHAT | {"tools": "[oops"})
-
-
-def test_tools_in_other_places_are_shown_too_and_no_others(choose, tmp_path):
-    path = tmp_path / "t.jinja"
-    path.write_text("{{ tools | tojson }}{{ messages[0].content }}")
     tools = [{"type": "function", "function": {"name": "f"}}]
     wanted = choose(str(path)).render(CHAT | {"tools": tools})
     others = ({"tools": [json.dumps(tools[0])]}, {"chat_template_kwargs": {"tools": tools}})
@@ -303,15 +298,12 @@ def test_fields_of_messages_are_used_or_named(choose, tmp_path):
     """Thoughts under another name, a second text, switches of others, tools of a message."""
     others = {"thought": "So", "value": "Oh!", "trainable": False, "tools": [{"name": "f"}]}
     row = {"messages": [turn("user", "Hi"), turn("assistant", "Oh.", **others, author=None)]}
-    assert choose().unused(row) == [f"{name} of assistant messages" for name in others]
+    names = [f"{name} of assistant messages" for name in others]
+    assert choose().unused(row) == names
     path = tmp_path / "t.jinja"
     path.write_text("{% for m in messages %}{{ m.thought }}{{ m['value'] }}{% endfor %}")
-    assert choose(str(path)).unused(row) == [
-        f"{name} of assistant messages" for name in [*others][2:]
-    ]
-    row = {"messages": CHAT["messages"], "system": "S", "system_prompt": "T"}
-    text, learned = written(choose(), row)
-    assert "S\n\nT<|im_end|>" in text and learned == ["Oh.<|im_end|>\n"]
+    assert choose(str(path)).unused(row) == names[2:]
+    assert "S\n\nT<|im_end|>" in written(choose(), CHAT | {"system": "S", "system_prompt": "T"})[0]
 
 
 def test_a_message_that_is_switched_off_is_not_learned(choose, tmp_path):
@@ -455,11 +447,6 @@ def test_arguments_are_written_as_json_whatever_the_template_takes(choose, tmp_p
     ):
         text, learned = written(choose(str(path)), row)
         assert text == wanted and learned == ['CALL weather {"city": "Åre"};', "Yes, é.;"]
-
-
-def test_arguments_that_hold_a_name_twice_are_refused(choose, tmp_path):
-    path = tmp_path / "t.jinja"
-    path.write_text(TOJSON.replace("ARGS", "{{ c.function.arguments | tojson }}"))
     with pytest.raises(Refused, match='field "arguments" is not JSON'):
         choose(str(path)).render({"messages": calls('{"city": "Oslo", "city": "Bergen"}')})
 

@@ -369,9 +369,16 @@ def foretelling(tensors):
     tensors |= {"mtp.layers.0.norm.weight": torch.ones(4), "mtp.fc.weight": torch.ones(4, 4)}
 
 
+def old_buffers(tensors):
+    """Masks, as Pythia's files have them."""
+    masks = {"bias": torch.ones(1, 1, 8, 8, dtype=torch.bool), "masked_bias": torch.tensor(-1e9)}
+    tensors |= {f"gpt_neox.layers.1.attention.{name}": mask for name, mask in masks.items()}
+
+
 @pytest.mark.parametrize(
     ("name", "edit", "is_tied"),
     [
+        ("gpt_neox", old_buffers, False),
         ("glm4_moe", foretelling, False),
         ("llama, tied", other_head, False),
         ("llama, tied", same_head, True),
@@ -395,6 +402,13 @@ def test_files_are_read_as_transformers_reads_them(tmp_path, world, name, edit, 
     assert name == "olmo2" or info.is_tied == is_tied
 
 
+def test_a_head_that_config_json_wants_and_the_files_lack_is_no_copy(tmp_path):
+    tiny_models.save(tmp_path, "cohere")  # a type that no table knows
+    edit_json(tmp_path / "config.json", tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"1 tensor \(lm_head.weight\) in .*: absent from"):
+        arch.read(str(tmp_path), need_weights=True)
+
+
 @pytest.mark.parametrize("window", [0, -1])
 def test_a_window_of_nothing_is_none(tmp_path, world, window):
     path = tmp_path / "model"
@@ -402,6 +416,7 @@ def test_a_window_of_nothing_is_none(tmp_path, world, window):
     edit_json(path / "config.json", sliding_window=window)
     cfg = config.parse([f"--model_name={path}", *FLAGS])
     model, *_ = build(cfg, world)
+    assert "attention_dropout 0.1 is off" in model.kernels.note
     flats, samples = tiny.fill_lora(model), make_samples(3)
     own = run(model, collate(samples, 1), world)
     raw = json.loads((path / "config.json").read_text()) | {"sliding_window": None}

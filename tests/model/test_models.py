@@ -15,6 +15,7 @@ from fsdp_qlora.arch import targets
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.model.experts import QuantizedExperts, replace_experts
 from tests import tiny, tiny_models
+from tests.model_files import edit_json
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,10 @@ def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monk
 
     from fsdp_qlora.model import skeleton
 
+    seen = []
+
     def bind(model, **kernels):
+        seen.append({word for word, is_on in kernels.items() if not is_on})
         modeling_qwen3_moe.Qwen3MoeExperts = torch.nn.Identity
         for layer in model.model.layers[1:]:
             layer.mlp.experts.forward = None
@@ -101,6 +105,9 @@ def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monk
         built = build_one(arch.read(str(tmp_path / "model"), need_weights=True))
         mixtures = [m for m in built.modules() if isinstance(m, QuantizedExperts)]
         assert mixtures and not any("forward" in vars(mixture) for mixture in mixtures)
+    edit_json(tmp_path / "model" / "config.json", hidden_act="relu")  # its kernels compute SiLU
+    build_one(arch.read(str(tmp_path / "model"), need_weights=True))
+    assert seen[-1] - seen[0] == {"swiglu"} and "geglu" in seen[0]
 
 
 def test_the_scale_of_a_head_is_measured_and_another_head_is_refused():
