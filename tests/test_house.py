@@ -22,10 +22,9 @@ from tests import timing
 ROOT = Path(__file__).parent.parent
 PACKAGE = "fsdp_qlora"
 # Totals, in code lines: no docstrings, comments, blanks. The house's law allows 18,900 lines in 95
-# files with all features that were planned; until it is there these two only fall, but for what a
-# feature costs.
-MAX_CODE_LINES = 18_990
-MAX_FILES = 86
+# files with all features that were planned.
+MAX_CODE_LINES = 18_900
+MAX_FILES = 85
 MORE_IN_TESTS = 1_500  # than in the product, at most
 MAX_COMMANDS = 13  # with cache, recipe, export and the live page
 # Fields of the configuration, aliases not counted: 80, 2 of dropped text, verify_base; 6 of which
