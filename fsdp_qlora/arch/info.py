@@ -654,8 +654,7 @@ def _checked_config(config: dict, model_name: str) -> dict:
         config = config | {"sliding_window": None}
     if SLIDING in str(config.get("layer_types")) and config.get("sliding_window", 1) is None:
         raise UserError(got, f"has {SLIDING}, and its window is none", "say how long it is")
-    left_out = LEFT_OUT.split()
-    return {key: config[key] for key in config if key not in left_out and not key.startswith("_")}
+    return {key: config[key] for key in config if key not in LEFT_OUT and not key.startswith("_")}
 
 
 def _own_names(tensors: Refs, config: dict) -> Refs:
