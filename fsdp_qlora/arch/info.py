@@ -654,8 +654,7 @@ def _checked_config(config: dict, model_name: str) -> dict:
         config = config | {"sliding_window": None}
     if SLIDING in str(config.get("layer_types")) and config.get("sliding_window", 1) is None:
         raise UserError(got, f"has {SLIDING}, and its window is none", "say how long it is")
-    left_out = LEFT_OUT.split()
-    return {key: config[key] for key in config if key not in left_out and not key.startswith("_")}
+    return {key: config[key] for key in config if key not in LEFT_OUT and not key.startswith("_")}
 
 
 def _own_names(tensors: Refs, config: dict) -> Refs:
@@ -719,7 +718,8 @@ def _check_tensors(structure: Structure, shapes: Shapes, config: dict, model_nam
         rule = f"config.json says {num_layers} decoder layers, the files hold {num_found}"
         raise UserError(model_name, rule, files.SAME_PLACE)
     expected = structure.all_shapes()
-    if config.get("tie_word_embeddings") is False and not expected.keys() & {*HEADS}:
+    has_head = any("head" in name or name in HEADS for name in structure.root)
+    if config.get("tie_word_embeddings") is False and not has_head:
         expected[HEADS[0]] = ()
     files.check_shapes(expected, shapes, model_name)
 

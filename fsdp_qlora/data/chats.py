@@ -14,7 +14,6 @@ CALL, ROLES = "function_call", WORDS["roles"]
 SWITCHES = ("weight", "loss", "train", "loss_weight")
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 SYSTEM_COLUMNS = ("system", "system_prompt")
-TEXT_PARTS = ("text", "input_text", "output_text")  # of a content in parts
 JSON_KINDS = {bool: "true or false", int: "a number", float: "a number", str: "text"}
 JSON_KINDS |= {type(None): "null", list: "a list"}
 
@@ -174,7 +173,7 @@ def _joined(parts: Any) -> Any:
     """The text of a content in parts, where all of them are text."""
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         return parts
-    are_text = all((part.get("type") or "text") in TEXT_PARTS for part in parts)
+    are_text = all(str(part.get("type") or "text").endswith("text") for part in parts)
     found = [part.get("text", part.get("value")) for part in parts]
     return "".join(found) if are_text and all(isinstance(text, str) for text in found) else parts
 
