@@ -33,6 +33,7 @@ import psutil
 
 from fsdp_qlora import __version__, arch, atomic, cli, config, errors, hardware, record
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.report import page
 
 POLL_S, GRACE_S = 0.1, 15.0
 MIN_STEPS = 8
@@ -292,7 +293,7 @@ def _cells(row: BenchRow) -> list[str]:
 
 
 def write(stem: Path, bench: BenchRow) -> None:
-    """Write the JSON file and the page, each whole or not at all.
+    """Write the JSON file, the page, and its pictures, each whole or not at all.
 
     Args:
         stem: path of the files without their endings.
@@ -300,6 +301,11 @@ def write(stem: Path, bench: BenchRow) -> None:
     """
     atomic.write_json(stem.with_suffix(".json"), bench)
     atomic.write(stem.with_suffix(".md"), markdown(bench))
+    measured, pictures = [row for row in bench["rows"] if row["state"] == "measured"], []
+    for key, (title, unit) in TABLES["figures"].items():
+        values = [(row["name"], row[key]) for row in measured if row[key] > 0]
+        pictures += [{"title": title, "unit": unit, "values": values}] if values else []
+    atomic.write(stem.with_suffix(".html"), page.render(bench["title"], [], bars=pictures))
 
 
 def _facts(args: argparse.Namespace, rows: list[BenchRow]) -> BenchRow:
@@ -348,7 +354,7 @@ def main(argv: list[str]) -> int:
         row = rows[name] = measure(args, every[name])
         print(row["name"], row["reason"] or " | ".join(_cells(row)[2:6]), sep=": ", flush=True)
         write(stem, _facts(args, [*rows.values()]))
-    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json .md")
+    print(f"\n{stem.with_suffix('.md').read_text(encoding='utf-8')}\n{stem}.json .md .html")
     states = {rows[name]["state"] for name in names}
     return errors.DONE if states <= {"measured", "left out"} else errors.RUN_FAILED
 

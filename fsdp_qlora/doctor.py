@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 LEAST_HOST_GIB, LEAST_DISK_GIB, LEAST_SHM_GIB, SLOW_MBS = 4, 5, 1, 100
 REMEDIES: dict[str, str] = cli.TABLE["remedies"]  # by check or task, and others
+SPEED_WORDS: dict[str, str] = cli.TABLE["speeds"]
 SEE, CACHE, OUTPUT = (REMEDIES[name] for name in ("see", "cache", "output"))
 NUM_CPU_RANKS = 2
 MARK = "doctor: "  # of a finding among the lines that a rank prints
@@ -180,6 +181,8 @@ def save(findings: Iterable[Finding]) -> Iterator[Finding]:
     Raises:
         OSError: the file cannot be written.
     """
+    from fsdp_qlora.report import page
+
     path, table, note = hardware.machine_file(), measured(findings), ""
     if not table:
         yield Finding("measured speeds", f"none; {path} is left as it is")
@@ -191,7 +194,14 @@ def save(findings: Iterable[Finding]) -> Iterator[Finding]:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = {device: known.get(device, {}) | speeds for device, speeds in table.items()}
     atomic.write_json(path, {"cards": known | rows})
-    value = f"of {', '.join(table)} are in {path}, where plan finds them{note}"
+    charts = [
+        {"title": words, "unit": "", "values": values}
+        for key, words in SPEED_WORDS.items()
+        if (values := [(name, row[key]) for name, row in (known | rows).items() if key in row])
+    ]
+    picture = path.with_suffix(".html")
+    atomic.write(picture, page.render("What doctor has measured", [], bars=charts))
+    value = f"of {', '.join(table)} are in {path}, where plan finds them{note}; see {picture}"
     yield Finding("measured speeds", value)
 
 

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the figures, curves and memory of a page, and follows runs that are still under way.
+// Draws the figures, curves, memory and bars of a page, and follows runs that are still under way.
 const DATA = JSON.parse(document.getElementById("page-data").textContent), {runs, look: LOOK} = DATA, isOne = runs.length === 1;
 const GREY = "#8c959f", PLAN = "#bf3989", HELD = "#1f883d", LEFT = 56, RIGHT = 8, TOP = 8, BOTTOM = 22, MAX_PLAIN = 4000;
 const view = {axis: "step", isLog: false, range: null, cursor: null, off: new Set(), place: null}, charts = [], smoothed = new WeakMap();
@@ -272,6 +272,13 @@ function draw() {
   for (const button of byId("tools").querySelectorAll("button")) button.ariaPressed = isOn(button.dataset);
 }
 
+// Bars that lie beside each other, for what is measured once.
+function bars({title, unit, values}) {
+  const max = Math.max(...values.map(v => v[1]), 0) || 1;
+  return put("figure", {className: "plot"}, put("figcaption", {}, put("b", {}, title), " ", put("span", {}, unit)), ...values.map(([name, value]) =>
+    put("div", {className: "bar"}, put("span", {}, name), put("progress", {max, value, ariaLabel: name}), put("b", {}, number(value)))));
+}
+
 // Asks for what is new; what a resumed run does again comes with everything else.
 async function follow() {
   let wait = 5000;
@@ -292,6 +299,7 @@ async function follow() {
   setTimeout(follow, wait);
 }
 
+byId("bars").replaceChildren(...DATA.bars.map(bars));
 if (runs.length) {
   charts.push(...LOOK.curves.map(row => new Chart(byId("curves"), () => curve(row))), new Chart(byId("memory-chart"), memory, 340));
   byId("tools").onclick = ({target: {dataset: {axis, log, whole}}}) => {

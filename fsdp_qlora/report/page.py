@@ -94,13 +94,16 @@ def write(run_dirs: list[Path], out: Path) -> Path:
         return atomic.write(path, page)
 
 
-def render(title: str, chapters: Sequence[Section], runs: Any, live: bool = False) -> str:
+def render(
+    title: str, chapters: Sequence[Section], runs: Any = (), bars: Any = (), live: bool = False
+) -> str:
     """Write a page; charts.js draws it.
 
     Args:
         title: of the page.
         chapters: its tables.
         runs: name, state and `Tape.since` of each.
+        bars: title, unit and values, (name, length), of each chart of bars.
         live: the page asks for what is new.
 
     Returns:
@@ -112,7 +115,7 @@ def render(title: str, chapters: Sequence[Section], runs: Any, live: bool = Fals
     env.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # the order of rows is theirs
     script = Path(__file__).with_name("charts.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    data = {"runs": runs, "live": live, "look": LOOK}
+    data = {"runs": runs, "bars": bars, "live": live, "look": LOOK}
     page = env.get_template("page.html.j2")
     return page.render(title=title, sections=chapters, data=data, script=script, digest=digest)
 

@@ -17,6 +17,7 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import Machine
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.sizes import Sizes, setting_for
+from tests.report.runs import Page
 
 ROW = "4x64-one_card"
 PLAIN = ("one_card", "ddp", "full_shard", "offload")
@@ -55,7 +56,9 @@ def test_without_a_gpu_a_scaled_model_trains_and_the_page_says_so(tmp_path):
     page = (tmp_path / "bench-small.md").read_text()
     assert "nothing is said about the real one" in page and page.count(ROW) > 3
     assert "1 steps counted a row: a trial" in page and facts["versions"]["torch"] in page
-    bench.write(tmp_path / "bench-small", facts)  # written again without a run
+    charts = Page((tmp_path / "bench-small.html").read_text()).data["bars"]
+    assert [ROW, row["tokens_per_s"]] in [chart["values"][0] for chart in charts]
+    bench.write(tmp_path / "bench-small", facts)  # drawn again without a run
     assert (tmp_path / "bench-small.md").read_text() == page
 
 
@@ -151,6 +154,8 @@ def test_the_page_holds_the_rows_beside_their_plan(tmp_path):
         "capped at 24 GiB",
     ):
         assert part in page
+    (*_, chart) = Page((tmp_path / "bench-7b.html").read_text()).data["bars"]
+    assert chart["values"] == [["4x2048-full_shard", 20000], ["4x2048-fit", 25000]]
 
 
 def test_a_program_that_runs_out_of_time_is_ended_with_its_children(tmp_path):
