@@ -412,14 +412,18 @@ class ModelInfo:
     def attention_extra(self) -> str:
         """What PyTorch's attention leaves out, or "".
 
-        "soft-capped" (Gemma 2), "indexed" (MiniMax M3), "sinks" (gpt-oss).
+        "soft-capped" (Gemma 2), "indexed" (MiniMax M3), "sinks" (gpt-oss), which a kernel for rows
+        computes unless the size of the heads is odd: "sinks of heads of 60".
         """
         if self.config.get("attn_logit_softcapping"):
             return "soft-capped"
         if any(key.startswith(("index_topk", "indexer_")) for key in self.config):
             return "indexed"
         names = (name for kind in self.kinds for name, _ in kind.params)
-        return "sinks" if any("sink" in name for name in names) else ""
+        if not any("sink" in name or "softmax_offset" in name for name in names):
+            return ""
+        size = self.config.get("head_dim") or 8
+        return "sinks" if size % 8 == 0 and size <= 256 else f"sinks of heads of {size}"
 
     def formats(self, format_name: str) -> str:
         """The formats of the linears where a run has `format_name`: "nf4_dq + mxfp4"."""

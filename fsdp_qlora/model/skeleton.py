@@ -316,7 +316,8 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         hf_model = on_meta(config, chosen.dtype, attention).requires_grad_(False)
     except KeyError as error:
         rule = f"model type {info.model_type} has attention classes of its own ({error})"
-        raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
+        remedy = "use --context_parallel 1" if cfg.context_parallel > 1 else "use --attn eager"
+        raise UserError(f"--attn {chosen.attention}", rule, remedy) from None
     head = _loss_head(hf_model, info)
     names = stored_names(hf_model, info)
     inside = {at: name for name, at in names.items()}  # name in the files -> in the model
@@ -328,7 +329,10 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     layers = cast(nn.ModuleList, hf_model.get_submodule(prefix))
     spares = attention == MASKED and chosen.has_row_kernel and _spare_masks(hf_model, layers)
     if chosen.attention == "sdpa" and not _is_known(hf_model, spares, info, cfg):
-        return build(info, dataclasses.replace(cfg, attn="eager"), device)
+        model = build(info, dataclasses.replace(cfg, attn="eager"), device)
+        note = model.kernels.note.replace("as asked", "its sinks are of another form", 1)
+        model.kernels = dataclasses.replace(model.kernels, note=note)
+        return model
     if chosen.use_liger:
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
@@ -369,10 +373,11 @@ def _settle(config: Any) -> str:
 
 def _is_known(hf_model: Any, spares: bool, info: ModelInfo, cfg: TrainConfig) -> bool:
     """Whether attention can stay as chosen; a refusal where the user has chosen it."""
-    is_cut, got = cfg.context_parallel > 1, f"attention of model type {info.model_type}"
-    if is_cut and not spares and hf_model.config._attn_implementation == MASKED:
+    got, has_sdpa = f"attention of model type {info.model_type}", hf_model._supports_sdpa
+    is_plain = has_sdpa and hf_model.config._attn_implementation == PLAIN
+    if cfg.context_parallel > 1 and not spares and not is_plain:
         raise UserError(got, "is not known for cut rows", "use --context_parallel 1")
-    if info.attention_extra != "indexed" and (hf_model._supports_sdpa or is_cut or spares):
+    if info.attention_extra != "indexed" and (has_sdpa or spares):
         return True
     if info.attention_extra == "sinks" and cfg.attn == "auto":
         return False

@@ -119,7 +119,7 @@ def may_refuse() -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except (ValueError, TypeError, RuntimeError):
+    except (AttributeError, ValueError, TypeError, RuntimeError):
         return
 
 

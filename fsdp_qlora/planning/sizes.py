@@ -491,7 +491,7 @@ def check_context(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> None:
     kinds = {*info.config.get("layer_types", ())} - {"full_attention", "sliding_attention"}
     if num > 1 and num_ranks % num:
         rule = f"shares each row among {num} ranks, and there are {num_ranks}"
-    elif num > 1 and (extra := info.attention_extra.replace("sinks", "") or ", ".join(kinds)):
+    elif num > 1 and (extra := info.attention_extra.replace("sinks of ", "") or ", ".join(kinds)):
         rule = f"no kernel cuts the rows of a {info.model_type} model ({extra})"
     elif num > 1 and (note := info.rope_note(cfg.context_length)):
         rule = f"the ranks' rotary tables would differ: {note.split()[1]} of longer rows"

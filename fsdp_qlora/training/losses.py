@@ -334,7 +334,7 @@ def check_cut_rows(model: nn.Module, info: ModelInfo, world: World) -> None:
     at, part = (cut(batch, ranks.size, ranks.rank) for batch in (numbered, whole))
     group, laid = _group(part, world.device), part.branches
     assert laid is not None and group.targets is not None
-    with evaluating(model), contextlib.suppress(TypeError, ValueError, RuntimeError):
+    with evaluating(model), visit.may_refuse():
         asked = (head.Targets(torch.arange(num, device=world.device), None) for num in SHORT_ROWS)
         pairs = zip(ids.to(world.device).split(SHORT_ROWS, 1), asked, strict=True)
         alone = torch.cat([model(row, targets).float() for row, targets in pairs])
@@ -345,7 +345,8 @@ def check_cut_rows(model: nn.Module, info: ModelInfo, world: World) -> None:
         worst = max(errors[where].median().item() for where in (is_late, ~is_late))
     shard.settle(model)
     if world.sum(float(worst > MOST_ROW_ERROR)):
-        rule = f"layers of a {info.model_type} model need more of a row than keys and values"
+        rule = f"layers of a {info.model_type} model compute another attention than the one that "
+        rule += "cuts rows, or need more of a row than keys and values"
         raise UserError(f"--context_parallel {ranks.size}", rule, "use --context_parallel 1")
 
 
