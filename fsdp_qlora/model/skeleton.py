@@ -133,11 +133,13 @@ def apply_liger(hf_model: "PreTrainedModel") -> None:
     kinds = set(map(type, hf_model.modules()))  # its kernels know one activation each
     words = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
     own |= {word: False for word, act in words.items() if type(ACT2FN[act]) not in kinds}
-    experts = {type(module) for module in hf_model.modules() if hasattr(module, "is_transposed")}
+    files = {sys.modules[type(module).__module__] for module in hf_model.modules()}
+    own_kinds = [(file, kind) for file in files for kind in vars(file).items()]
     with contextlib.suppress(AttributeError):  # a mixture whose first layers are dense
         _apply_liger_kernel_to_instance(model=hf_model, **own)
-    for kind in experts:  # it puts its own in their place, and the next model would be built of it
-        setattr(sys.modules[kind.__module__], kind.__name__, kind)
+    for file, (name, kind) in own_kinds:  # the next model would be built of those in their place
+        if isinstance(kind, type):
+            setattr(file, name, kind)
 
 
 class QuantizedModel(nn.Module):

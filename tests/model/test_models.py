@@ -76,7 +76,8 @@ def test_experts_that_compute_otherwise_are_refused(place: Path, tmp_path: Path)
 def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monkeypatch):
     """It binds a forward to a mixture's experts, and stops at a layer that has none.
 
-    And it puts a class of its own into transformers, which the next model must not be built of.
+    And it puts classes of its own into transformers, which the next model must not be built of: its
+    MLP has no biases.
     """
     from transformers.models.qwen3_moe import modeling_qwen3_moe
 
@@ -87,6 +88,7 @@ def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monk
     def bind(model, **kernels):
         seen.append({word for word, is_on in kernels.items() if not is_on})
         modeling_qwen3_moe.Qwen3MoeExperts = torch.nn.Identity
+        modeling_qwen3_moe.Qwen3MoeMLP = torch.nn.Identity
         for layer in model.model.layers[1:]:
             layer.mlp.experts.forward = None
         model.model.layers[0].mlp.experts.forward = None
