@@ -29,6 +29,7 @@ from fsdp_qlora.export import model_files
 from fsdp_qlora.model import adapters, attention, load, shard, skeleton, weights
 from fsdp_qlora.model.attention import RowBounds
 from fsdp_qlora.model.head import Targets
+from fsdp_qlora.planning import sizes
 from fsdp_qlora.training import losses
 from tests import tiny, tiny_models
 from tests.model.test_packed_batches import make_samples
@@ -317,6 +318,30 @@ def test_windows_and_sinks_need_no_masks_where_a_kernel_for_rows_runs(tmp_path, 
         wanted = model(ids)
         model(ids[:, :-1], cache={"past_key_values": cache})
         assert share(model(ids[:, -1:], cache={"past_key_values": cache}), wanted) < TOLERANCE
+
+
+def test_sinks_of_another_form_are_eager_and_why_is_said(tmp_path, world):
+    """Of odd heads the plan knows it too; what only a trial of the layers finds, is said."""
+    tiny_models.save(tmp_path, "gpt_oss")
+    argv, device = [f"--model_name={tmp_path}", *FLAGS], torch.device("cpu")
+    cfg, info = config.parse(argv), arch.read(str(tmp_path), need_weights=True)
+    usual = skeleton.choose_kernels
+
+    def choose(cfg, *args):
+        kernel = {"attention": "sdpa", "has_row_kernel": True} if cfg.attn == "auto" else {}
+        return dataclasses.replace(usual(cfg, *args), **kernel)
+
+    with (
+        patch.object(skeleton, "choose_kernels", choose),
+        patch.object(skeleton, "_spare_masks", lambda *_: False),
+    ):
+        note = skeleton.build(info, cfg, device).kernels.note
+    assert "attention eager (its sinks are of another form)" in note
+    on_gpu = config.parse([argv[0]])
+    assert not sizes.is_eager(on_gpu, info.attention_extra, "cuda")
+    odd = dataclasses.replace(info, config=info.config | {"head_dim": 60})
+    assert sizes.is_eager(on_gpu, odd.attention_extra, "cuda")
+    assert "(no GPU, sinks of heads of 60)" in usual(cfg, device, odd.attention_extra).note
 
 
 MERGED = ("gpt_oss", "qwen3_5_text", "granitemoe", "nemotron_h", "phi3", "mixtral", "gpt_neox")
