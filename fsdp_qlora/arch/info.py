@@ -226,7 +226,7 @@ def from_headers(shapes: Shapes) -> Structure:
     prefixes = sorted({match["prefix"] for match in matches})
     if len(prefixes) != 1:
         rule = f"need one stack of decoder layers, found {len(prefixes)}"
-        remedy = "take a text-only causal language model"
+        remedy = "take a causal language model that has one"
         raise UserError(f"weights with {', '.join(prefixes[:3])}", rule, remedy)
     layers: list[Shapes] = [{} for _ in range(1 + max(int(m["index"]) for m in matches))]
     for match in matches:
@@ -417,7 +417,7 @@ class ModelInfo:
         """
         if self.config.get("attn_logit_softcapping"):
             return "soft-capped"
-        if any(key.startswith(("index_topk", "indexer_")) for key in self.config):
+        if any(key.startswith("index_topk") for key in self.config):
             return "indexed"
         names = (name for kind in self.kinds for name, _ in kind.params)
         if not any("sink" in name or "softmax_offset" in name for name in names):
@@ -650,7 +650,7 @@ def _checked_config(config: dict, model_name: str) -> dict:
         rule = "wants its own code run (auto_map), which is never done"
         raise UserError(got, rule, f"take one of {', '.join(LAYOUTS)}")
     config = LAYOUTS.get(model_type, LayerShape()).defaults | config
-    if "index_topk" in config:
+    if "index_topk" in config or any(key.startswith("indexer_") for key in config):
         rule = "chooses the keys of each token by an indexer, which is not computed here"
         raise UserError(got, rule, "take another model")
     _check_values(config)

@@ -367,11 +367,11 @@ def replace_experts(
     found = {p: modules[p] for p in sorted(paths) if not isinstance(modules[p], nn.Conv1d)}
     if not found and not tables:
         return []
-    names = ", ".join(f"{path} ({type(module).__name__})" for path, module in found.items())
+    names = [f"{path} ({type(module).__name__})" for path, module in found.items()]
     base, module = _base_of(layer, found), cast(Any, next(iter(found.values()), None))
     if len(found) != 1 or not hasattr(module, "is_transposed"):
-        rule = "is not computed by transformers' interface for experts"
-        raise UserError(f"a layer with 3-D weights of {names or 'no module'}", rule, OTHER_MODEL)
+        rule = "is no matrix, and no expert that transformers computes by its interface for them"
+        raise UserError(f"a weight of {[*names, 'no module'][0]} in a layer", rule, OTHER_MODEL)
     ids = ((3,) if 3 in tables else (0, 1)) if module.has_gate else (1,)
     module.in_name = "gate_up_proj" if module.has_gate else "up_proj"
     numbers, sides = [*tables.get(2, {})], []

@@ -132,10 +132,13 @@ def apply_liger(hf_model: "PreTrainedModel") -> None:
     own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     kinds = set(map(type, hf_model.modules()))  # its kernels know one activation each
     words = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
-    own |= {word: False for word, act in words.items() if type(ACT2FN[act]) not in kinds}
+    config: Any = hf_model.config  # it scales the output of an MLP, but not its bias (Falcon-H1)
+    is_off = hasattr(config, "mlp_multipliers") and config.mlp_bias
+    own |= {word: False for word, act in words.items() if is_off or type(ACT2FN[act]) not in kinds}
     files = {sys.modules[type(module).__module__] for module in hf_model.modules()}
     own_kinds = [(file, kind) for file in files for kind in vars(file).items()]
-    with contextlib.suppress(AttributeError):  # a mixture whose first layers are dense
+    # A mixture whose first layers are dense; a type that its release has only half of.
+    with contextlib.suppress(AttributeError, ImportError):
         _apply_liger_kernel_to_instance(model=hf_model, **own)
     for file, (name, kind) in own_kinds:  # the next model would be built of those in their place
         if isinstance(kind, type):
@@ -331,10 +334,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     layers = cast(nn.ModuleList, hf_model.get_submodule(prefix))
     spares = attention == MASKED and chosen.has_row_kernel and _spare_masks(hf_model, layers)
     if chosen.attention == "sdpa" and not _is_known(hf_model, spares, info, cfg):
-        model = build(info, dataclasses.replace(cfg, attn="eager"), device)
-        note = model.kernels.note.replace("as asked", "its sinks are of another form", 1)
-        model.kernels = dataclasses.replace(model.kernels, note=note)
-        return model
+        return _build_eager(info, cfg, device)
     if chosen.use_liger:
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
@@ -356,6 +356,14 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     model = QuantizedModel(_decoder(hf_model)[1], head, layouts, chosen)
     model.tensors, model.layers_prefix = _places(hf_model, head, names), info.outer_name(prefix)
     return model.train()
+
+
+def _build_eager(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedModel:
+    """The model with transformers' own attention, which nobody has asked for."""
+    model = build(info, dataclasses.replace(cfg, attn="eager"), device)
+    note = model.kernels.note.replace("as asked", "its sinks are of another form", 1)
+    model.kernels = dataclasses.replace(model.kernels, note=note)
+    return model
 
 
 def _settle(config: Any) -> str:
@@ -436,7 +444,8 @@ def _loss_head(hf_model: Any, info: ModelInfo) -> LossHead:
     is_odd = info.is_tied and embedding is not None and embedding.shape != output.weight.shape
     if embedding is None or scale is None or is_odd:
         got = f"model type {info.model_type}"
-        rule = "has more than an embedding and a head that is a matrix with a bias, a scale, a cap"
+        rule = "has an embedding or a head that computes more than a matrix, its bias, a scale and "
+        rule += "final_logit_softcapping"
         raise UserError(got, rule, OTHER_MODEL)
     if info.is_tied:
         output.weight = embedding
@@ -528,12 +537,23 @@ def stored_names(hf_model: Any, info: ModelInfo) -> dict[str, str]:
 
     Returns:
         Name of a parameter or buffer -> name in the files, or, of experts held together, of none.
+
+    Raises:
+        UserError: of another one, or of several that are not those of experts (code 2).
     """
     from transformers.core_model_loading import revert_weight_conversion
 
     own = hf_model.state_dict()
     written = {id(t): name for name, t in revert_weight_conversion(hf_model, dict(own)).items()}
     found = {name: written.get(id(tensor), name) for name, tensor in own.items()}
+    tied = [name for name in hf_model.all_tied_weights_keys if name.startswith(info.layers_prefix)]
+    alone = [n for n, t in own.items() if id(t) not in written and (t.dim() < 3 or t.shape[1] == 1)]
+    for names, rule in (
+        (tied, "is a weight of another layer too, and each layer is trained by itself"),
+        (alone, "is made by transformers of several tensors of the files, which is not done here"),
+    ):
+        if names:
+            raise UserError(f"{names[0]} of a {info.model_type} model", rule, OTHER_MODEL)
     return {n: at if at in info.names else stored_name(info, n) for n, at in found.items()}
 
 

@@ -44,8 +44,9 @@ LEVELS = {
 }
 LAYINGS = {"padded": collate, "packed": flatten}
 TOLERANCE = 1e-5
-# Scores that are not divided by the root of the head size make much of a rounding.
-SHARP, SHARP_TOLERANCE = ("gemma4_text", "gemma4_unified_text"), 2e-4
+# Scores that are not divided by the root of the head size make much of a rounding; and so do the
+# states of a delta rule, whose error of 4e-6 is 1e-5 with another number of threads.
+SHARP, SHARP_TOLERANCE = ("gemma4_text", "gemma4_unified_text", "qwen3_next"), 2e-4
 TABLE = Path(__file__).parents[2] / "recipes" / "models.md"
 # Configs of many parts, of a draft model, or (dbrx) that transformers 5.23 cannot build itself.
 NOT_BUILT = {"blt", "dbrx", "gemma4_assistant", "gemma4_unified_assistant"}
@@ -274,7 +275,7 @@ def table(found: dict[str, Finding]) -> str:
         f"Every causal language model of transformers {transformers.__version__}, as a tiny random "
         "checkpoint: loss, logits and every LoRA gradient, padded and packed, at all three "
         f"checkpointing levels, are those of transformers + peft within {TOLERANCE:.0e} in fp32 "
-        f"({' and '.join(SHARP)}, whose scores make much of a rounding: {SHARP_TOLERANCE:.0e}), "
+        f"({', '.join(SHARP)}, which make much of a rounding: {SHARP_TOLERANCE:.0e}), "
         "or the model is refused before its weights are read. Written by "
         "tests/model/test_model_sweep.py.",
         "",

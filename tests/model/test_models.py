@@ -93,6 +93,10 @@ def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monk
             layer.mlp.experts.forward = None
         model.model.layers[0].mlp.experts.forward = None
 
+    def bind_half(model, **kernels):
+        seen.append({word for word, is_on in kernels.items() if not is_on})
+        raise ImportError  # as 0.8.5 does for qwen3_5_moe
+
     fake = SimpleNamespace(_apply_liger_kernel_to_instance=bind, __spec__=object())
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, fake)
@@ -110,6 +114,10 @@ def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monk
     edit_json(tmp_path / "model" / "config.json", hidden_act="relu")  # its kernels compute SiLU
     build_one(arch.read(str(tmp_path / "model"), need_weights=True))
     assert seen[-1] - seen[0] == {"swiglu"} and "geglu" in seen[0]
+    tiny_models.save(tmp_path / "other", "falcon_h1")  # the bias of its MLP would not be scaled
+    fake._apply_liger_kernel_to_instance = bind_half
+    build_one(arch.read(str(tmp_path / "other"), need_weights=True))
+    assert seen[-1] - seen[0] == {"swiglu"}
 
 
 def test_the_scale_of_a_head_is_measured_and_another_head_is_refused():
@@ -124,7 +132,7 @@ def test_the_scale_of_a_head_is_measured_and_another_head_is_refused():
     layers = {"kinds": kinds, "num_layers": len(kinds[0].layers)}
     info = dataclasses.replace(arch.read("llama-2-7b", need_weights=False), **layers)
     assert build_one(info_of("granite", logits_scaling=8.0)).head.scale == 0.125
-    with pytest.raises(UserError, match="a head that is a matrix"):
+    with pytest.raises(UserError, match="a head that computes more than a matrix"):
         build_one(info_of("xlstm", num_blocks=2))
 
 
