@@ -23,6 +23,7 @@ from fsdp_qlora import arch, atomic
 from fsdp_qlora.distributed.world import find_neighbors
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import load, quantize, shard, weights
+from fsdp_qlora.training import memory
 from tests import tiny
 from tests.faults import largest_file
 from tests.ranks import run_ranks
@@ -31,6 +32,18 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 DAMAGES = (("layer-00001.safetensors", -1000), ("layer-00001.safetensors", None))
 DAMAGES += (("manifest.json", -7), ("manifest.json", None))
 PLAIN = ("--use_cpu_offload=false", "--fit=off")
+
+
+def test_a_fingerprint_is_made_in_little_memory():
+    """Of 128 MiB; in larger pieces it took 0.6 GiB, more than all that a small host then held."""
+    flat = torch.arange(2**25, dtype=torch.int32).view(torch.uint8)
+    words = flat.view(torch.int32)[:3000].long()
+    wanted = (words * (torch.arange(3000) * 0x1E3779B97F4A7C15 | 1)).sum().item() % 2**64
+    assert load.fingerprint(flat[:12000]) == wanted
+    memory.process_peak()
+    before = memory.process_peak().left_gib
+    load.fingerprint(flat)
+    assert memory.process_peak().allocated_gib - before < 0.15
 
 
 class CountedWeights(weights.Weights):
