@@ -159,12 +159,14 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
     """
     from fsdp_qlora.distributed import world as worlds
 
-    cfg, plan, world, peers = config.place(argv), None, None, None
+    cfg, plan, place, peers = config.place(argv), None, None, None
     try:
         known = worlds.of_process_group()
         if known is None:
             os.environ.update(launch.rank_env(os.environ, cfg))
-        world = worlds.find_neighbors(known or worlds.join())
+            place = worlds.meet()
+            peers = launch.watch_peers(cfg, place) if is_alone else None
+        world = worlds.find_neighbors(known or worlds.join(place))
         own_dir = cfg.output_dir if "output_dir" in config.given(argv) else None
         argv, saved = _choose_start(argv, world)
         is_mine = saved is None and not hooks.is_supervised()
@@ -176,6 +178,8 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         world.first(lambda: hub.check(cfg.push_to_hub))
         may_end = saved is not None and not hooks.is_supervised()
         if may_end and world.first(lambda: _is_done(saved, cfg, False, print)):
+            if peers is not None:
+                peers.stop()
             return cfg
         cfg = launch.agree_output_dir(cfg, world)
         if world.rank == 0 and not hooks.is_supervised():
@@ -183,7 +187,8 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         if world.local_rank == 0 and own_dir not in (None, cfg.output_dir):
             unused = f"--output_dir {own_dir} is not used"
             print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
-        peers = launch.watch_peers(cfg, world) if is_alone else None
+        if peers is not None:
+            peers.follow(cfg.hang_timeout, cfg.resolved_output_dir)
         plan = launch.broadcast_plan(cfg, given, world)
         world = worlds.split(world, cfg.context_parallel)
         if is_mine:
@@ -198,7 +203,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         if world.rank == 0 and not hooks.is_supervised():
             hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
     except Exception as error:
-        cause = error if world is None else worlds.explain(error, world, peers)
+        cause = worlds.explain(error, place, peers)
         if is_alone:
             exit_report.fail(cause, cfg, plan)
         raise cause from error

@@ -31,7 +31,7 @@ POINTS = ("load", *STEP_POINTS, *SAVE_POINTS, "eval", "export")
 DUMP = signal.SIGUSR2
 DONE = "done"
 SLOT = struct.Struct("<qq512s")
-End = Callable[[Sequence[int], str], None]  # is told which ranks are lost, and in what way
+End = Callable[[Sequence[int], str, Path], None]  # is told who is lost, how, and of what
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PULSE = struct.Struct("<dd")  # time and seconds of computing of the host
 BEAT_S, LOST_S, GONE_S = 1.0, 5.0, 120.0  # a library may hold Python's lock for long
@@ -237,15 +237,26 @@ class Peers(threading.Thread):
             keys: by rank, in the store.
             rank: of this process.
             limit_s: see `Watch`.
-            end: ends this process, and is told which ranks are lost and in what way.
+            end: ends this process, and is told which ranks are lost, in what way, and where the run
+                has its files.
         """
         super().__init__(daemon=True)
         self._store, self._keys, self._rank, self._end = store, list(keys), rank, end
         self._board, self._is_over = open_board(), threading.Event()
         os.environ[BOARD] = str(self._board.fileno())
         self._words, self._heard_s = [b""] * len(keys), [time.monotonic()] * len(keys)
-        self._watch = Watch(self._board.fileno(), limit_s, self._life)
+        self.follow(limit_s)
+
+    def follow(self, limit_s: float | None, out_dir: Path | None = None) -> None:
+        """Know the run: as soon as it has begun, a rank that hangs is lost, too.
+
+        Args:
+            limit_s: see `Watch`.
+            out_dir: where it has its files; None: it has not begun.
+        """
         self._gone_s = math.inf if limit_s == 0 else min(limit_s or GONE_S, GONE_S)
+        self._watch = Watch(self._board.fileno(), limit_s if out_dir else 0, self._life)
+        self._out_dir = out_dir or Path(os.devnull)
 
     def run(self) -> None:
         """Beat and watch until `stop`."""
@@ -256,12 +267,13 @@ class Peers(threading.Thread):
             gone = [i for i in on if now_s - self._heard_s[i] > self._gone_s]
             hung = [] if gone else self._watch.find_hung(on)
             if self._rank in gone and not self._is_over.is_set():
-                self._end([0], "is gone, or the link to it is cut")
+                self._end([0], "is gone, or the link to it is cut", self._out_dir)
             for lost, how in ((gone, "is gone"), (hung, "hung")):
                 if lost and not self._is_over.is_set():
                     sign = read(here, lost[0])
                     silent_s = now_s - (self._heard_s[lost[0]] if gone else sign.at_s)
-                    self._end(lost, f"{how}{sign}: no sign of life for {silent_s:.0f} s")
+                    why = f"{how}{sign}: no sign of life for {silent_s:.0f} s"
+                    self._end(lost, why, self._out_dir)
 
     def _talk(self) -> None:
         """Show and look; where the link is cut, a call never returns."""

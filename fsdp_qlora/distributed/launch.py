@@ -24,7 +24,7 @@ from fsdp_qlora.config import PROJECT_DIR, STRATEGIES, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport, RanksExit
 from fsdp_qlora.distributed.hooks import BOARD, LISTENER, RESTARTS, Heartbeat, Watch
-from fsdp_qlora.distributed.meeting import IDENTITY
+from fsdp_qlora.distributed.meeting import IDENTITY, Meeting
 from fsdp_qlora.errors import DONE, ENVIRONMENT, RUN_FAILED, SIGNALED, UserError, one_line_of
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.sizes import adopt_format, check_context
@@ -459,23 +459,21 @@ def agree_output_dir(cfg: TrainConfig, world: "World") -> TrainConfig:
     return agreed
 
 
-def watch_peers(cfg: TrainConfig, world: "World") -> hooks.Peers | None:
-    """Watch over the ranks of all hosts, as a supervisor would.
+def watch_peers(cfg: TrainConfig, place: Meeting) -> hooks.Peers | None:
+    """Watch over the ranks of all hosts, as a supervisor would: from now on whether one is gone.
 
     Args:
-        cfg: the run, its output directory agreed on.
-        world: the ranks.
+        cfg: the run, as far as it is known.
+        place: where all have met.
 
     Returns:
-        What does it, begun; None where a supervisor does, or in a process group of the caller's.
+        What does it, begun; None where a supervisor does.
     """
-    if hooks.is_supervised() or world.meeting is None:
+    if hooks.is_supervised():
         return None
-    place, rank, out = world.meeting, world.rank, cfg.resolved_output_dir
-    hosts = [words[0] for words in place.places]
-    end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts, out_dir=out)
-    keys = [f"{place.round}/beat {i}" for i in range(world.size)]
-    peers = hooks.Peers(place.store.clone(), keys, rank, cfg.hang_timeout, end)
+    rank, hosts = int(os.environ["RANK"]), [words[0] for words in place.places]
+    end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts)
+    peers = hooks.Peers(place.store.clone(), place.beats, rank, cfg.hang_timeout, end)
     peers.start()
     return peers
 
