@@ -10,8 +10,7 @@ import sys
 from fsdp_qlora import cli
 from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, SIGTERM, UserError, redact_tracebacks
 
-COMMANDS, FORMER = cli.TABLE["commands"], cli.TABLE["former"]
-SHELLS = cli.TABLE["completion"]
+COMMANDS, FORMER, SHELLS = (cli.TABLE[name] for name in ("commands", "former", "completion"))
 ANSWERS = {"plan", "data", "doctor", "generate", "cache", "recipe"}  # they print their result
 
 

@@ -15,11 +15,10 @@ from typing import Any
 
 from fsdp_qlora import checkpoint_store, cli, config, errors
 from fsdp_qlora.distributed import exit_report, hooks, launch
+from fsdp_qlora.distributed.launch import Poll
 from fsdp_qlora.export import adapter, hub, serving
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.training import preflight
-
-Poll = Callable[[], object]  # called after each step
 
 
 def run(plan: plans.RunPlan, world, given: frozenset[str], saved=None, poll: Poll = int) -> None:
@@ -314,9 +313,8 @@ def main(argv: list[str], **followed: Any) -> int:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
         _tell_ranks(error)
         return error.code
-    except errors.Stopped as stopped:
-        if not hooks.is_supervised() and os.environ.get("RANK") == "0":
-            print(stopped, file=sys.stderr)
-        exit_report.leave(stopped.code)
-    except KeyboardInterrupt:
-        exit_report.leave(errors.SIGINT)
+    except KeyboardInterrupt as stop:
+        is_told = isinstance(stop, errors.Stopped) and not hooks.is_supervised()
+        if is_told and os.environ.get("RANK") == "0":
+            print(stop, file=sys.stderr)
+        exit_report.leave(getattr(stop, "code", errors.SIGINT))

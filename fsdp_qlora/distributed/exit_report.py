@@ -156,9 +156,7 @@ def _tell_torchrun(line: str, trace: str = "") -> None:
             atomic.write_json(Path(path), {"message": message})
 
 
-def end_without(
-    lost: Sequence[int], rule: str, out_dir: Path, rank: int, hosts: list[str]
-) -> NoReturn:
+def end_without(lost: list[int], rule: str, out_dir: Path, rank: int, hosts: list[str]) -> NoReturn:
     """End this rank because others are lost; one rank of each host says so.
 
     Args:

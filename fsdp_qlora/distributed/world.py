@@ -26,6 +26,7 @@ from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
 LINK_WORDS = ("gloo", "NCCL", "onnection")  # in what torch says when a rank has left
 GLOO_LINK = "GLOO_SOCKET_IFNAME"
 T = TypeVar("T")
+Met = meeting.Meeting | None
 
 MACHINE_NUMBERS = ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK")  # of torchrun, srun, Ray
 
@@ -50,7 +51,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    meeting: "meeting.Meeting | None" = None
+    meeting: Met = None
     neighbors: tuple[int, ...] = ()
     context: "World | None" = None
     group: Any = None
@@ -306,7 +307,7 @@ def meet() -> meeting.Meeting:
     return place
 
 
-def join(place: meeting.Meeting | None = None, timeout_s: float = 1800.0) -> World:
+def join(place: Met = None, timeout_s: float = 1800.0) -> World:
     """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Uses NCCL for tensors on GPUs and gloo for tensors on the host, both in one group: host numbers
@@ -380,9 +381,7 @@ def tell(error: UserError) -> None:
         _open_meeting(meeting.LINGER_S).tell_failure(str(error), error.code, lingers=True)
 
 
-def explain(
-    error: Exception, place: meeting.Meeting | None, peers: Peers | None = None
-) -> Exception:
+def explain(error: Exception, place: Met, peers: Peers | None = None) -> Exception:
     """Let the other ranks know that this one fails; without a supervisor nobody else would.
 
     Args:
