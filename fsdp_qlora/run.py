@@ -89,9 +89,9 @@ def _report(out_dir: Path) -> None:
         print(f"warning   no report.html ({errors.printable(str(error))}): {remedy}", flush=True)
 
 
-def _watch(cfg: config.TrainConfig) -> None:
+def _watch(cfg: config.TrainConfig, is_silent: bool = False) -> None:
     """With --watch: serve the live page, from a thread that ends with this process."""
-    if cfg.watch:
+    if cfg.watch and not is_silent:
         from fsdp_qlora.report.watch import Server
 
         server = Server([cfg.resolved_output_dir], None).begin()
@@ -168,9 +168,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         world = worlds.find_neighbors(known or worlds.join(place))
         own_dir = cfg.output_dir if "output_dir" in config.given(argv) else None
         argv, saved = _choose_start(argv, world)
-        is_mine = saved is None and not hooks.is_supervised()
-        argv = adapter.expand_init(argv) if is_mine else argv
-        is_silent = hooks.is_supervised() or world.rank
+        is_silent = hooks.is_supervised() or world.rank > 0
         cfg, given = config.parse(argv, say=str if is_silent else print), config.given(argv)
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
         world.agree(preflight.facts(cfg, world.device))
@@ -181,8 +179,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
                 peers.stop()
             return cfg
         cfg = launch.agree_output_dir(cfg, world)
-        if world.rank == 0 and not hooks.is_supervised():
-            _watch(cfg)
+        _watch(cfg, is_silent)
         if world.local_rank == 0 and own_dir not in (None, cfg.output_dir):
             unused = f"--output_dir {own_dir} is not used"
             print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
@@ -190,7 +187,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
             peers.follow(cfg.hang_timeout, cfg.resolved_output_dir)
         plan = launch.broadcast_plan(cfg, given, world)
         world = worlds.split(world, cfg.context_parallel)
-        if is_mine:
+        if saved is None and not hooks.is_supervised():
             adapter.check_init(plan.cfg, plan.info, str if is_silent else print)
         with preflight.explain_disk_full(plan.cfg):
             run(plan, world, given, saved, poll)
@@ -199,7 +196,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         if known is None:
             worlds.leave()
         hooks.beat(hooks.DONE, world.rank)
-        if world.rank == 0 and not hooks.is_supervised():
+        if not is_silent:
             hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
     except Exception as error:
         cause = worlds.explain(error, place, peers)
@@ -210,7 +207,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
 
 
 def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
-    """What --resume stands for: rank 0 chooses the checkpoint, other hosts need not have it."""
+    """What --resume and --init_adapter stand for; rank 0 chooses the checkpoint for all hosts."""
     if hooks.is_supervised():
         return argv, preflight.saved_of(config.parse(argv))
     place, cfg = world.meeting, config.place(argv)
@@ -218,7 +215,9 @@ def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
         own_dir = cfg.output_dir if "output_dir" in config.given(argv) else ""
         before = place.read("output_dir") or own_dir
         argv = [*argv, *([f"--output_dir={before}", "--resume=auto"] if before else [])]
-    return preflight.expand_resume(argv, functools.partial(print, flush=True), world.first)
+    say = functools.partial(print, flush=True)
+    argv, saved = preflight.expand_resume(argv, say, world.first)
+    return argv if saved is not None else adapter.expand_init(argv), saved
 
 
 def _is_done(saved, cfg: config.TrainConfig, is_silent: bool, say: Callable[[str], Any]) -> bool:
