@@ -275,10 +275,22 @@ def test_a_full_disk_costs_no_training_and_is_named_in_the_last_line(place: Path
         subprocess.run(["umount", disk], check=True)
 
 
+def on_a_slow_disk(argv: list[str], start) -> int:
+    """As run.main; the last checkpoint is a second late."""
+    reach = hooks.reach
+
+    def late(point: str, rank: int, step: int = 0) -> None:
+        reach(point, rank, step)
+        time.sleep(1.0 * (point == "save-mkdir" and step == NUM_STEPS and rank == 0))
+
+    hooks.reach = late
+    return run.main(argv, start=start)
+
+
 def test_nobody_is_told_to_continue_with_weights_that_are_nan(place: Path):
     """Such a checkpoint is refused, so that no restart and no advice leads to it."""
     fault = {FAULT: f"spoil:0:post-record:{NUM_STEPS}"}
-    code, said, err = go(place, place / "nan", "--max_restarts=1", **fault)
+    code, said, err = go(place, place / "nan", "--max_restarts=1", main=on_a_slow_disk, **fault)
     assert code == RUN_FAILED and err.count("\n") == 1 and "NaN" in err, said
     assert "continue" not in err and "restart" not in said
 

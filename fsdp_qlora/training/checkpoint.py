@@ -116,11 +116,9 @@ def _states(trained: optim.Trained) -> Iterator[tuple[str, Tensor, Tensor | None
     """Tensors of the optimizer: "NAME.KEY", the tensor, the parameter it is a slice like, rows."""
     for name, param, local, rows in _named(trained):
         for key, value in sorted(trained.optimizer.state.get(local, {}).items()):
-            if not isinstance(value, Tensor):
-                continue
-            if value.shape == local.shape:
+            if isinstance(value, Tensor) and value.shape == local.shape:
                 yield f"{name}.{key}", value, param, rows
-            else:
+            elif isinstance(value, Tensor):
                 yield f"{name}.{key}{BY_RANK if value.ndim else ''}", value, None, 0
 
 
@@ -479,6 +477,8 @@ class Checkpointer:
         self.step, self._saved_s = step, time.monotonic()
         state = {**self._facts, **found, "total_s": self._recorder.total_s()}
         self._start(lambda: self._write(step, tensors, state, best))
+        if not found["is_finite"]:  # the run is about to end: a restart must find it there
+            self._join()
         if not self._is_writer:
             for point in hooks.SAVE_POINTS:  # only kills and the like matter to those that wait
                 with contextlib.suppress(OSError):
