@@ -420,10 +420,9 @@ class ModelInfo:
         if any(key.startswith("index_topk") for key in self.config):
             return "indexed"
         names = (name for kind in self.kinds for name, _ in kind.params)
-        if not any("sink" in name or "softmax_offset" in name for name in names):
-            return ""
         size = self.config.get("head_dim") or 8
-        return "sinks" if size % 8 == 0 and size <= 256 else f"sinks of heads of {size}"
+        found = "sinks" if size % 8 == 0 and size <= 256 else f"sinks of heads of {size}"
+        return found if any("sink" in n or "softmax_offset" in n for n in names) else ""
 
     def formats(self, format_name: str) -> str:
         """The formats of the linears where a run has `format_name`: "nf4_dq + mxfp4"."""

@@ -287,9 +287,7 @@ def attend(module, query, key, value, attention_mask, has_masks=False, **kwargs)
     if is_joint or (has_all and (has_more or bounds is not None)):
         if has_more and not is_joint:
             kwargs["cut"] = Cut.whole(query, key, bounds, longest)
-        if query.device.type == "cpu":
-            num_groups = query.shape[1] // key.shape[1]
-            key, value = (t.repeat_interleave(num_groups, 1) for t in (key, value))
+        key, value = _for_kernel(query, key, value)
         width, kwargs["window"] = value.shape[-1], window
         if width < query.shape[-1]:  # of latent attention (DeepSeek): kernels want both alike
             value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
@@ -301,11 +299,15 @@ def attend(module, query, key, value, attention_mask, has_masks=False, **kwargs)
     kernel = _kernel(query, key, value, scale) if is_own and is_plain else None
     if kernel is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if query.device.type == "cpu":  # its kernel wants as many key heads as query heads
-        num_groups = query.shape[1] // key.shape[1]
-        key, value = (t.repeat_interleave(num_groups, 1) for t in (key, value))
+    key, value = _for_kernel(query, key, value)
     out = _run(query, key, value, scale, kernel, saved)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _for_kernel(query, key, value) -> Sequence[torch.Tensor]:
+    """Keys and values; that of the CPU wants as many heads of them as of queries."""
+    num = query.shape[1] // key.shape[1] if query.device.type == "cpu" else 1
+    return [t.repeat_interleave(num, 1) if num > 1 else t for t in (key, value)]
 
 
 def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor:
@@ -347,9 +349,7 @@ def _flash(query, key, value, scale) -> tuple[torch.Tensor, ...]:
     return out[0], out[1], out[6], out[7]  # the two last: state of dropout, which there is none of
 
 
-def _flash_backward(
-    grad_out, query, key, value, out, log_sum, *state, scale
-) -> tuple[torch.Tensor, ...]:
+def _flash_backward(grad_out, query, key, value, out, log_sum, *state, scale) -> tuple:
     lengths = None, None, query.shape[2], key.shape[2]  # None: no row is made of several
     return aten._scaled_dot_product_flash_attention_backward(
         grad_out, query, key, value, out, log_sum, *lengths, 0.0, True, *state, scale=scale
@@ -541,9 +541,7 @@ def _cross(to: Branches) -> tuple:
     return to.answers, to.prompts, to.longest_answer, to.longest_prompt
 
 
-def _varlen(
-    query, key, value, lengths, is_causal: bool, scale, window=None
-) -> tuple[torch.Tensor, ...]:
+def _varlen(query, key, value, lengths, is_causal: bool, scale, window=None) -> tuple:
     """Attention inside parts, whose ends meet: out [T, N, D], log sums [N, T], state."""
     if _is_for_cudnn(query, lengths, is_causal, window):
         return _by_cudnn(query, key, value, scale)

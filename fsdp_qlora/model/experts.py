@@ -386,7 +386,9 @@ def replace_experts(
         sizes = {(len(shapes), sum(n for n, _ in row), row[0][1]) for row in shapes}
         if sizes != {wanted}:
             rule = f"are {num} of {wanted[1:]} in config.json, not so in the files"
-            raise UserError(f"experts of {names}", rule, "copy both from the same place", INTEGRITY)
+            raise UserError(
+                f"experts of {names[0]}", rule, "copy both from the same place", INTEGRITY
+            )
         sides.append(parts)
     kind, stem = type(module), f"{next(n.expert[0] for n in linears if n.expert)}.experts"
     module.__class__ = type(kind.__name__, (base, kind), {})

@@ -160,6 +160,7 @@ class _Dealer:
                     flat = self._zeros(layers[0])
                 self._keep(name, layers, flat)
                 progress.update(len(layers), len(layers) * nbytes)
+                hardware.release_freed_memory()  # up to 0.3 GiB of a model of 0.4 billion
         self.cache.commit(world)
         world.barrier()  # shared memory is whole on every rank
         if on_disk := placed.layers(config.DISK):

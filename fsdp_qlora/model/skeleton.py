@@ -110,10 +110,9 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
         raise UserError(f"--matmul {cfg.matmul}", rule, "use --matmul bf16", ENVIRONMENT)
     if majors:
         note += f", frozen matmuls of {MIN_TOKENS_8_BIT:,} tokens and more in {cfg.matmul}"
-    way = cfg.matmul if majors else "bf16"
+    way, dtype = cfg.matmul if majors else "bf16", getattr(torch, cfg.compute_dtype)
     has_rows |= not has_gpu and attention == "sdpa" and (extra == "sinks" or context > 1)
-    choice = getattr(torch, cfg.compute_dtype), attention, use_liger, has_rows, way
-    return KernelChoice(*choice, note)
+    return KernelChoice(dtype, attention, use_liger, has_rows, way, note)
 
 
 def apply_liger(hf_model: "PreTrainedModel") -> None:
@@ -132,8 +131,8 @@ def apply_liger(hf_model: "PreTrainedModel") -> None:
     own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     kinds = set(map(type, hf_model.modules()))  # its kernels know one activation each
     words = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh"}
-    config: Any = hf_model.config  # it scales the output of an MLP, but not its bias (Falcon-H1)
-    is_off = hasattr(config, "mlp_multipliers") and config.mlp_bias
+    # It scales the output of an MLP, but not its bias (Falcon-H1).
+    is_off = hasattr(hf_model.config, "mlp_multipliers") and vars(hf_model.config).get("mlp_bias")
     own |= {word: False for word, act in words.items() if is_off or type(ACT2FN[act]) not in kinds}
     files = {sys.modules[type(module).__module__] for module in hf_model.modules()}
     own_kinds = [(file, kind) for file in files for kind in vars(file).items()]
@@ -163,10 +162,9 @@ class QuantizedModel(nn.Module):
 
     decoder: "PreTrainedModel"
     head: LossHead
+    kernels: KernelChoice
 
-    def __init__(
-        self, decoder: Any, head: LossHead, layouts: Sequence[Layout], kernels: KernelChoice
-    ) -> None:
+    def __init__(self, decoder: Any, head: LossHead, layouts: Sequence[Layout], kernels) -> None:
         super().__init__()
         self.decoder, self.head, self.layouts, self.kernels = decoder, head, layouts, kernels
         self.is_tied = head.weight is self.embedding.weight
@@ -231,8 +229,8 @@ class QuantizedModel(nn.Module):
         embeds = torch.zeros(1, 2, size, dtype=self.kernels.dtype, device=device)
         with visit.may_refuse():  # a decoder may want more than embeddings
             _, calls = visit.take_apart(self.decoder, self.layers, True, {"inputs_embeds": embeds})
-            values = [value for call in calls for value in call.kwargs.values()]
-            return not any(isinstance(value, UserDict) for value in values)  # see SharedStates
+            # See SharedStates.
+            return not any(isinstance(v, UserDict) for call in calls for v in call.kwargs.values())
         return False
 
     @contextlib.contextmanager
@@ -268,9 +266,7 @@ class QuantizedModel(nn.Module):
                 hiddens[i] = visit.finish(decoder, layers, hiddens[i], inputs[i])
         return self.head(hiddens, [group.targets for group in groups])
 
-    def forward(
-        self, input_ids: Any, targets=None, cache: dict | None = None, rows=None, **padding
-    ) -> Any:
+    def forward(self, input_ids: Any, targets=None, cache=None, rows=None, **padding) -> Any:
         """Compute the loss of a batch, or the logits of its last token.
 
         Args:
@@ -288,22 +284,19 @@ class QuantizedModel(nn.Module):
         """
         if isinstance(input_ids, list):
             return self._visit(input_ids)
-        out = self.decoder(
-            input_ids=input_ids,
-            use_cache=cache is not None,
-            **(cache or {}),
-            **(rows.arguments(self.context) if rows is not None else padding),
-        )
+        rest = (rows.arguments(self.context) if rows is not None else padding) | (cache or {})
+        out = self.decoder(input_ids=input_ids, use_cache=cache is not None, **rest)
         return self.head(out.last_hidden_state, targets)
 
 
-def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedModel:
+def build(info: ModelInfo, cfg: TrainConfig, device: torch.device, extra="") -> QuantizedModel:
     """Build the model on the meta device and put quantized linears into its decoder layers.
 
     Args:
         info: what the model is.
         cfg: format_name, master_dtype, see `choose_kernels` and `trained_whole`_whole.
         device: where it will compute.
+        extra: of its attention, where that is not what ModelInfo.attention_extra says.
 
     Returns:
         The model in training mode, without adapters; all that is not trained itself is frozen.
@@ -312,11 +305,12 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
         UserError: the linears of the built model are not those of `info` (code 5), or it computes
             otherwise than is known here (code 2).
     """
-    config, chosen = transformers_config(info), choose_kernels(cfg, device, info.attention_extra)
+    config, extra = transformers_config(info), extra or info.attention_extra
+    chosen = choose_kernels(cfg, device, extra)
     config.use_cache, attention = False, chosen.attention
     chosen = dataclasses.replace(chosen, note=chosen.note + _settle(config))
     if attention == "sdpa":
-        attention = register(config, chosen.has_row_kernel and not info.attention_extra)
+        attention = register(config, chosen.has_row_kernel and not extra)
     try:
         hf_model = on_meta(config, chosen.dtype, attention).requires_grad_(False)
     except KeyError as error:
@@ -334,7 +328,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     layers = cast(nn.ModuleList, hf_model.get_submodule(prefix))
     spares = attention == MASKED and chosen.has_row_kernel and _spare_masks(hf_model, layers)
     if chosen.attention == "sdpa" and not _is_known(hf_model, spares, info, cfg):
-        return _build_eager(info, cfg, device)
+        return build(info, cfg, device, "sinks of another form")
     if chosen.use_liger:
         apply_liger(hf_model)
     layouts = layer_layouts(info, cfg.format_name)
@@ -356,14 +350,6 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     model = QuantizedModel(_decoder(hf_model)[1], head, layouts, chosen)
     model.tensors, model.layers_prefix = _places(hf_model, head, names), info.outer_name(prefix)
     return model.train()
-
-
-def _build_eager(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedModel:
-    """The model with transformers' own attention, which nobody has asked for."""
-    model = build(info, dataclasses.replace(cfg, attn="eager"), device)
-    note = model.kernels.note.replace("as asked", "its sinks are of another form", 1)
-    model.kernels = dataclasses.replace(model.kernels, note=note)
-    return model
 
 
 def _settle(config: Any) -> str:
@@ -411,9 +397,7 @@ def _spare_masks(hf_model: Any, layers: nn.ModuleList) -> bool:
     return config._attn_implementation == PLAIN
 
 
-def _places(
-    hf_model: Any, head: LossHead, names: dict[str, str]
-) -> dict[str, tuple[nn.Module, str]]:
+def _places(hf_model: Any, head: LossHead, names: dict) -> dict[str, tuple[nn.Module, str]]:
     """Name in the files -> (module, name there) of what is not quantized."""
     parts = (*hf_model.named_parameters(), *hf_model.named_buffers())
     own_names = {name: name.replace(".body.layer.", ".") for name, _ in parts}
@@ -444,8 +428,9 @@ def _loss_head(hf_model: Any, info: ModelInfo) -> LossHead:
     is_odd = info.is_tied and embedding is not None and embedding.shape != output.weight.shape
     if embedding is None or scale is None or is_odd:
         got = f"model type {info.model_type}"
-        rule = "has an embedding or a head that computes more than a matrix, its bias, a scale and "
-        rule += "final_logit_softcapping"
+        rule = (
+            "has an embedding or a head of more than matrix, bias, scale, final_logit_softcapping"
+        )
         raise UserError(got, rule, OTHER_MODEL)
     if info.is_tied:
         output.weight = embedding
@@ -467,9 +452,8 @@ def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
     logging.set_verbosity_error()
     with init_empty_weights(include_buffers=False), _LargeOnMeta():
         try:
-            made = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention
-            )
+            own: Any = {"dtype": dtype, "attn_implementation": attention}
+            made = AutoModelForCausalLM.from_config(config, **own)
         except ValueError as error:
             rule = "is no causal language model in this transformers"
             raise UserError(f"model type {config.model_type}", rule, OTHER_MODEL) from error
@@ -548,12 +532,10 @@ def stored_names(hf_model: Any, info: ModelInfo) -> dict[str, str]:
     found = {name: written.get(id(tensor), name) for name, tensor in own.items()}
     tied = [name for name in hf_model.all_tied_weights_keys if name.startswith(info.layers_prefix)]
     alone = [n for n, t in own.items() if id(t) not in written and (t.dim() < 3 or t.shape[1] == 1)]
-    for names, rule in (
-        (tied, "is a weight of another layer too, and each layer is trained by itself"),
-        (alone, "is made by transformers of several tensors of the files, which is not done here"),
-    ):
-        if names:
-            raise UserError(f"{names[0]} of a {info.model_type} model", rule, OTHER_MODEL)
+    rule = "is made by transformers of several tensors of the files, which is not done here"
+    rule = "is a weight of another layer too, and each is trained by itself" if tied else rule
+    if names := tied or alone:
+        raise UserError(f"{names[0]} of a {info.model_type} model", rule, OTHER_MODEL)
     return {n: at if at in info.names else stored_name(info, n) for n, at in found.items()}
 
 

@@ -90,8 +90,8 @@ class StandIn(nn.Module):
 
     def __init__(self, own: nn.Module, answer: Callable, is_for_all: bool = False) -> None:
         super().__init__()
-        self._own, self._answer = [own], answer  # no part of it: neither moved nor found
-        self._is_for_all = is_for_all
+        # [own] is no part of it: neither moved nor found.
+        self._own, self._answer, self._is_for_all = [own], answer, is_for_all
 
     def forward(self, *args, **kwargs):
         return self._answer(*args, **kwargs)
@@ -144,8 +144,7 @@ def take_apart(
     Raises:
         ValueError: it does more between its layers than to hand on what each returns.
     """
-    found: list[LayerCall] = []
-    first: list[Tensor] = []
+    found, first = list[LayerCall](), list[Tensor]()
 
     def step(number: int, hidden: Tensor, *args: Any, **kwargs: Any):
         first.append(hidden) if not first else None

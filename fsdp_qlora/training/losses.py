@@ -345,8 +345,7 @@ def check_cut_rows(model: nn.Module, info: ModelInfo, world: World) -> None:
         worst = max(errors[where].median().item() for where in (is_late, ~is_late))
     shard.settle(model)
     if world.sum(float(worst > MOST_ROW_ERROR)):
-        rule = f"layers of a {info.model_type} model compute another attention than the one that "
-        rule += "cuts rows, or need more of a row than keys and values"
+        rule = f"{info.model_type} computes another attention, or needs more than keys and values"
         raise UserError(f"--context_parallel {ranks.size}", rule, "use --context_parallel 1")
 
 

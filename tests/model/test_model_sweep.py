@@ -328,16 +328,16 @@ def test_sinks_of_another_form_are_eager_and_why_is_said(tmp_path, world):
     cfg, info = config.parse(argv), arch.read(str(tmp_path), need_weights=True)
     usual = skeleton.choose_kernels
 
-    def choose(cfg, *args):
-        kernel = {"attention": "sdpa", "has_row_kernel": True} if cfg.attn == "auto" else {}
-        return dataclasses.replace(usual(cfg, *args), **kernel)
+    def choose(cfg, device, extra):
+        kernel = {"attention": "sdpa", "has_row_kernel": True} if extra == "sinks" else {}
+        return dataclasses.replace(usual(cfg, device, extra), **kernel)
 
     with (
         patch.object(skeleton, "choose_kernels", choose),
         patch.object(skeleton, "_spare_masks", lambda *_: False),
     ):
         note = skeleton.build(info, cfg, device).kernels.note
-    assert "attention eager (its sinks are of another form)" in note
+    assert "attention eager (no GPU, sinks of another form)" in note
     on_gpu = config.parse([argv[0]])
     assert not sizes.is_eager(on_gpu, info.attention_extra, "cuda")
     odd = dataclasses.replace(info, config=info.config | {"head_dim": 60})
