@@ -90,8 +90,7 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
         attention = "eager" if is_eager(cfg, extra, "cuda" if has_rows else "cpu") else "sdpa"
         attention = "flash_attention_2" if has_flash and cfg.context_parallel == 1 else attention
         missing = "flash-attn not installed" if has_gpu else "no GPU"
-        attention_why = "installed" if is_installed else missing
-        attention_why += f", {extra}" * bool(extra)
+        attention_why = ("installed" if is_installed else missing) + f", {extra}" * bool(extra)
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     use_liger = cfg.liger == "auto" and has_gpu and has_liger
     liger_why = "as asked" if cfg.liger == "off" else "not installed" if has_gpu else "no GPU"
@@ -507,8 +506,7 @@ def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
         setattr(hf_model, name, decoder)
     inner = wanted if softcap is None else (wanted / softcap).atanh() * softcap
     scale = float(f"{(inner / head(hidden)).median():.6g}")
-    weight, bias = head.get_parameter("weight"), head._parameters["bias"]
-    own_logits = LossHead(weight, bias, scale, softcap).logits(hidden)
+    own_logits = LossHead(head.weight, head.bias, scale, softcap).logits(hidden)
     return scale if torch.allclose(own_logits, wanted, 1e-4, 1e-4) else None
 
 
