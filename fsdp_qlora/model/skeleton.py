@@ -506,7 +506,7 @@ def _measure_scale(hf_model: Any, softcap: float | None) -> float | None:
         setattr(hf_model, name, decoder)
     inner = wanted if softcap is None else (wanted / softcap).atanh() * softcap
     scale = float(f"{(inner / head(hidden)).median():.6g}")
-    own_logits = LossHead(head.weight, head.bias, scale, softcap).logits(hidden)
+    own_logits = LossHead(cast(Any, head).weight, head.bias, scale, softcap).logits(hidden)
     return scale if torch.allclose(own_logits, wanted, 1e-4, 1e-4) else None
 
 
