@@ -294,8 +294,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device, extra="") -> 
     Args:
         info: what the model is.
         cfg: format_name, master_dtype, see `choose_kernels` and `trained_whole`_whole.
-        device: where it will compute.
-        extra: of its attention, where that is not what ModelInfo.attention_extra says.
+        device, extra: where it will compute; other words than ModelInfo.attention_extra has.
 
     Returns:
         The model in training mode, without adapters; all that is not trained itself is frozen.
