@@ -233,11 +233,10 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
         result_base = new_weights.TrainedBase(result, no_more, compute, device)
         evidence = new_weights.check(seen, result_base, options)
         facts: dict[str, Any] = {"adapter": str(adapter.path), "base": str(info.path)}
-        facts["base_digest"] = info.digest(1)
-        facts["added_to"] = "dequantized" if is_dequantized else "16bit"
-        facts |= {"trained_over": format_name, "packed_bytes": seen.note, "dtype": options.dtype}
-        facts["num_merged"] = len(adapter.pairs) + len(adapter.experts)
-        facts |= {"num_replaced": len(adapter.replaced), "device": device.type}
+        facts |= {"base_digest": info.digest(1), "trained_over": format_name}
+        facts |= {"added_to": "dequantized" if is_dequantized else "16bit", "dtype": options.dtype}
+        facts |= {"packed_bytes": seen.note, "num_replaced": len(adapter.replaced)}
+        facts |= {"num_merged": len(adapter.pairs) + len(adapter.experts), "device": device.type}
         facts |= {"versions": hardware.versions(device), **written, "evidence": evidence}
         atomic.write_json(draft / "merge.json", facts)
     print(new_weights.lines(evidence))
