@@ -279,8 +279,9 @@ def open_run(adapter: Path | None, cfg: config.TrainConfig, any_base: bool = Fal
     own = child_env(os.environ, 0, 1, find_port(None)) if is_one else rank_env(os.environ, cfg)
     before = dict(os.environ)
     os.environ.update(own)
-    from fsdp_qlora.distributed import world as worlds
-    from fsdp_qlora.model.load import build
+    with cli.Progress("imports libraries", is_silent=os.environ["RANK"] != "0"):
+        from fsdp_qlora.distributed import world as worlds
+        from fsdp_qlora.model.load import build
 
     try:
         world = worlds.join()

@@ -198,9 +198,10 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
     if options.base == "dequantized" and format_name is None:
         rule = "the adapter does not tell what its base was quantized to"
         raise UserError("--base dequantized", rule, f"add --format: {' '.join(FORMATS)}")
-    import torch
+    with cli.Progress("imports libraries"):
+        import torch
 
-    from fsdp_qlora.export import model_files, new_weights
+        from fsdp_qlora.export import model_files, new_weights
 
     device, dtype = _choose_device(options.device), getattr(torch, DTYPES[options.dtype])
     compute = getattr(torch, str(adapter.record.get("compute_dtype") or "bfloat16"))
@@ -262,10 +263,11 @@ def quantize(argv: list[str]) -> int:
     if any(ref.joint for ref in info.tensors.values()):
         rule = "holds the experts of a layer in one tensor, which transformers keeps in 16 bit"
         raise UserError(str(options.model_name), rule, "train on it as it is")
-    from transformers import BitsAndBytesConfig
+    with cli.Progress("imports libraries"):
+        from transformers import BitsAndBytesConfig
 
-    from fsdp_qlora.export import model_files, new_weights
-    from fsdp_qlora.model.weights import DTYPES as STORED
+        from fsdp_qlora.export import model_files, new_weights
+        from fsdp_qlora.model.weights import DTYPES as STORED
 
     num_linear = sum(n.num_weights for kind in info.by_layer for n in kind.linears)
     out = Path(str(options.out))
@@ -316,7 +318,8 @@ def expand(argv: list[str]) -> int:
         rule = f"makes {num_new} new layers, and there are {info.num_layers} to stand behind"
         remedy = f"take from {1 / info.num_layers:.3g} to 1"
         raise UserError(f"--expansion_rate {rate:g}", rule, remedy)
-    from fsdp_qlora.export import model_files, new_weights
+    with cli.Progress("imports libraries"):
+        from fsdp_qlora.export import model_files, new_weights
 
     assert info.path is not None
     added = new_layers(info.num_layers, num_new) if num_new else ()

@@ -60,8 +60,7 @@ class Routing:
         self.num, self.top = len(places), experts_MK.shape[1]
         sorted_S, self.order = places[experts_MK].flatten().sort(stable=True)
         self.tokens = self.order // self.top
-        bounds = torch.arange(self.num + 1, device=places.device)
-        self.starts = torch.searchsorted(sorted_S, bounds)
+        self.starts = torch.searchsorted(sorted_S, torch.arange(self.num + 1, device=places.device))
 
     @cached_property
     def _bounds(self) -> list[int]:

@@ -287,8 +287,7 @@ def row_norms(squares_O, weight_a_OR, a_RI, b_OR, scale: float) -> torch.Tensor:
 
 
 def _rescaled(z_MO, bias_O, change_O, square_O, norm_O) -> torch.Tensor:
-    gain_O = (square_O.sqrt() - norm_O + change_O.float()) / norm_O
-    return Rescaled.apply(z_MO, gain_O, bias_O)
+    return Rescaled.apply(z_MO, (square_O.sqrt() - norm_O + change_O.float()) / norm_O, bias_O)
 
 
 Dequantize = Callable[[torch.dtype], torch.Tensor]

@@ -383,8 +383,7 @@ def _trial_ids(model: nn.Module) -> Tensor:
 
 def _errors(found_NV: Tensor, wanted_NV: Tensor) -> Tensor:
     """How far the logits of each token are off, as a share of their distance to a neighbour's."""
-    apart_NV = wanted_NV - wanted_NV.roll(1, 0)
-    return (found_NV - wanted_NV).norm(dim=1) / apart_NV.norm(dim=1)
+    return (found_NV - wanted_NV).norm(dim=1) / (wanted_NV - wanted_NV.roll(1, 0)).norm(dim=1)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

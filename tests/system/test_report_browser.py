@@ -261,6 +261,8 @@ def test_series_of_any_kind_are_drawn_within_their_chart(browser, tmp_path):
 def test_a_page_follows_runs_as_they_write_through_a_resume_and_to_their_end(browser, tmp_path):
     first, second = write_gpus(tmp_path / "first"), tmp_path / "second"
     second.mkdir()
+    with opened(browser, Server([second], 0).begin().url) as page:  # nothing is there yet
+        page.locator("#memory").wait_for(state="hidden")
     server = Server([first, second], 0).begin()
     with opened(browser, server.url) as page:
         tile = page.locator(".tile", has_text="Step").locator("b")
@@ -275,8 +277,11 @@ def test_a_page_follows_runs_as_they_write_through_a_resume_and_to_their_end(bro
         append(second, *(gpu_step(i, seed=9) for i in range(6, 9)))  # a resume: 6 to 8 again
         tile.nth(1).get_by_text("8", exact=True).wait_for()
         sample = {"event": "sample", "when": "after", "step": 8, "prompt": "why?", "answer": BAD}
-        append(second, sample)
-        page.locator(".asked", has_text="why?").wait_for()
+        for place in (first, second):
+            append(place, sample | {"expected": "so"})
+        asked = page.locator(".asked", has_text="why?")
+        asked.get_by_text("second, after").wait_for()
+        assert asked.get_by_text("the data").count() == 1  # once for all runs
         (second / "summary.json").write_text('{"is_complete": true}')
         page.locator(".state.finished").wait_for()
         assert page.locator("main x").count() == 0
