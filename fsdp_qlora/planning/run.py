@@ -3,6 +3,7 @@
 `python -m fsdp_qlora plan` prints it as text of 100 columns or as JSON, train.py a summary of it.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -205,8 +206,9 @@ def make(
     why, lacking = "", [d.name for d in machine.gpus or (machine.cpu,) if not d.has_bf16]
     if lacking and "precision" not in given and cfg.compute_dtype == "bfloat16":
         precision, who = ("fp16_autocast", "a") if machine.gpus else ("fp32", "this")
-        cfg = dataclasses.replace(cfg, precision=precision)
-        why = f"; precision {precision}, as {who} {lacking[0]} has no bfloat16"
+        with contextlib.suppress(UserError):  # raised by options that need bfloat16
+            cfg = dataclasses.replace(cfg, precision=precision)
+            why = f"; precision {precision}, as {who} {lacking[0]} has no bfloat16"
     own = fit.evaluate(info, cfg, setting_for(info, cfg, machine), machine)
     if refusal := _not_fitted(cfg, given, machine):
         return RunPlan(cfg, cfg, info, machine, (own,), 0, refusal + why)

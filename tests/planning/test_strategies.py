@@ -126,6 +126,7 @@ def test_processors_without_bfloat16_compute_in_float32_unless_the_user_says_oth
     for words, has_bf16, precision in (
         *(((), True, "bf16"), ((), False, "fp32")),
         (("--precision=bf16",), False, "bf16"),
+        (("--attn=flash_attention_2",), False, "bf16"),  # has no fp32
     ):
         cpu = dataclasses.replace(hardware.CPU, has_bf16=has_bf16)
         machine, cfg = hardware.Machine((), 256.0, 2, cpu=cpu), config.parse([*SHAPE, *words])
