@@ -570,8 +570,7 @@ def _varlen_backward(
         _parts(lengths, query, key, value, out, grad_out), sums, strict=True
     ):
         rest = (q, k, v, o, s[None].contiguous())
-        mask = _mask(rest, is_causal, window)
-        found.append(_cpu_backward(g, *rest, **mask, scale=scale))
+        found.append(_cpu_backward(g, *rest, **_mask(rest, is_causal, window), scale=scale))
     return tuple(
         torch.cat([g[0].transpose(0, 1) for g in grads]) for grads in zip(*found, strict=True)
     )

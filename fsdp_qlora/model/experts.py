@@ -71,8 +71,7 @@ class Routing:
         """Of as many tiles as there can be: expert (E: no more) and first row, see the kernel."""
         num_tiles = (self.starts.diff() + TILE_ROWS - 1) // TILE_ROWS
         ends = num_tiles.cumsum(0)
-        most = -(-len(self.order) // TILE_ROWS) + self.num
-        tiles = torch.arange(most, device=ends.device)
+        tiles = torch.arange(-(-len(self.order) // TILE_ROWS) + self.num, device=ends.device)
         expert = torch.searchsorted(ends, tiles, right=True)
         own = expert.clamp(max=self.num - 1)
         row = self.starts[own] + (tiles - (ends - num_tiles)[own]) * TILE_ROWS

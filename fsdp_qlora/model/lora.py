@@ -144,8 +144,7 @@ class LoraMatmul(torch.autograd.Function):
         grad_a = grad_hidden_MR.t() @ _flat(seen)
         grad_seen = None
         if ctx.dropout and grad_x is not None:
-            own = (grad_hidden_MR @ a_RI).view_as(seen)
-            grad_x += torch.autograd.grad(seen, x, own)[0]
+            grad_x += torch.autograd.grad(seen, x, (grad_hidden_MR @ a_RI).view_as(seen))[0]
         elif ctx.has_own_input:
             if ctx.needs_input_grad[1]:
                 grad_seen = (grad_hidden_MR @ a_RI).view_as(seen)
