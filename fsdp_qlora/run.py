@@ -171,7 +171,8 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         is_silent = hooks.is_supervised() or world.rank > 0
         cfg, given = config.parse(argv, say=str if is_silent else print), config.given(argv)
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
-        world.agree(preflight.facts(cfg, world.device))
+        begun = adapter.init_facts(None if saved else cfg.init_adapter)
+        world.agree(preflight.facts(cfg, world.device) | begun)
         world.first(lambda: hub.check(cfg.push_to_hub))
         may_end = saved is not None and not hooks.is_supervised()
         if may_end and world.first(lambda: _is_done(saved, cfg, False, print)):
