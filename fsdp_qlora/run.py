@@ -216,8 +216,7 @@ def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
         own_dir = cfg.output_dir if "output_dir" in config.given(argv) else ""
         before = place.read("output_dir") or own_dir
         argv = [*argv, *([f"--output_dir={before}", "--resume=auto"] if before else [])]
-    say = functools.partial(print, flush=True)
-    argv, saved = preflight.expand_resume(argv, say, world.first)
+    argv, saved = preflight.expand_resume(argv, functools.partial(print, flush=True), world.first)
     return argv if saved is not None else adapter.expand_init(argv), saved
 
 

@@ -472,7 +472,10 @@ def watch_peers(cfg: TrainConfig, place: Meeting) -> hooks.Peers | None:
         return None
     rank, hosts = int(os.environ["RANK"]), [words[0] for words in place.places]
     end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts)
-    peers = hooks.Peers(place.store.clone(), place.beats, rank, cfg.hang_timeout, end)
+    keys = [f"{place.round}/beat {i}" for i in range(len(hosts))]
+    for key in keys:  # who asks for what nobody has set yet is kept waiting
+        place.store.compare_set(key, "", "")
+    peers = hooks.Peers(place.store.clone(), keys, rank, cfg.hang_timeout, end)
     peers.start()
     return peers
 
