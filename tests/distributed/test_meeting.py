@@ -195,6 +195,15 @@ def test_ranks_that_differ_are_refused_on_all_of_them(place: Path):
         assert "differ in base_samples, rows, tokens, steps; start" in rank.err.splitlines()[0]
 
 
+def test_a_library_that_only_some_hosts_have_is_a_difference():
+    """Their layers would compute otherwise: --liger auto goes by what is installed."""
+    name = "version of liger-kernel"
+    for every in (({name: "0.8.5"}, {}), ({}, {name: "0.8.5"})):
+        with pytest.raises(UserError, match=rf"differ in {name}; start all with") as caught:
+            meeting.compare(every, ("a", "b"))
+        assert sorted(re.findall("none|0.8.5", caught.value.__notes__[1])) == ["0.8.5", "none"]
+
+
 def without_disk(argv, **more) -> int:
     """`train` on a host that has no checkpoint."""
 
