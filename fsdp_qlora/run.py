@@ -150,8 +150,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
     Args:
         argv: the command line, the same on every rank but for what is of its host.
         poll: called after each step.
-        is_alone: this process is the rank's alone; what goes wrong ends it, and is left as one
-            line for the supervisor.
+        is_alone: this process is the rank's alone: what goes wrong ends it, with one line.
 
     Returns:
         The configuration that was gone by.
