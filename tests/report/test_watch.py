@@ -137,7 +137,7 @@ def test_the_server_answers_this_machine_alone_and_only_with_the_run(run_dir, tm
     assert follower.answer("")["columns"]["step"] == []
 
 
-def test_a_run_tells_what_its_ranks_do_and_how_it_ended(run_dir):
+def test_a_run_tells_what_its_ranks_do_and_how_it_ended(run_dir, monkeypatch):
     def state(owner, summary=None):
         (run_dir / ".lock").write_text(owner)
         if summary is not None:
@@ -145,10 +145,11 @@ def test_a_run_tells_what_its_ranks_do_and_how_it_ended(run_dir):
         found = Follower(run_dir).answer("")
         return found["state"], found["waits"]
 
-    here = socket.gethostname()
-    with hooks.open_board() as board:
+    here, now_s = socket.gethostname(), time.monotonic()
+    with hooks.open_board() as board, monkeypatch.context() as still:
+        still.setattr(time, "monotonic", lambda: now_s)
         for rank, point in enumerate(("post-forward", "post-forward", "save-mkdir")):
-            sign = (time.monotonic_ns() - 3 * 10**9, 7, point.encode())
+            sign = (int((now_s - 3) * 1e9), 7, point.encode())
             os.pwrite(board.fileno(), struct.pack("<qq512s", *sign), rank * hooks.SLOT.size)
         assert state(f"pid {os.getpid()} on {here} since today") == (
             "running",
