@@ -1,20 +1,22 @@
-"""CUDA graphs of one decoder layer, for batches so small that the host would be the bottleneck.
+"""CUDA graphs of one decoder layer, where the host would be the bottleneck.
 
 All layers of a model have the same kernels, so one pair of graphs (forward; recomputation and
-backward) serves every one of them: what differs between layers (quantized bytes, adapters, norms)
-is copied into the graph's own inputs before it is replayed. That costs the GPU a few per cent and
-spares the host some hundred launches a layer.
+backward) serves every layer of a level: what differs between layers (quantized bytes, adapters,
+norms, results that a selective layer keeps) is copied into the graph's own inputs before it is
+replayed. That costs the GPU a few per cent and spares the host some hundred launches a layer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fsdp_qlora.model.lora import SavedActivations
 from fsdp_qlora.planning.sizes import MAX_GRAPH_SHAPES, MAX_GRAPH_WORK
 
 NUM_WARMUPS = 2  # kernels are compiled and chosen before a capture
@@ -22,38 +24,39 @@ NUM_WARMUPS = 2  # kernels are compiled and chosen before a capture
 
 @dataclass
 class Pass:
-    """The two graphs of one shape.
+    """The two graphs of one shape and level.
 
     Attributes:
         inputs: what is copied in before a replay: hidden, adapters, quantized bytes, norms and
             biases, rotary tables, in the order of `_inputs`.
+        kept: results that the backward takes from the forward.
         out, grad_out, grads: of the layer; `grads` of hidden and adapters.
-        forward, backward: to replay.
+        forward, backward: replay them.
     """
 
     inputs: Sequence[Tensor]
+    kept: Sequence[Tensor]
     out: Tensor
     grad_out: Tensor
     grads: Sequence[Tensor]
-    forward: torch.cuda.CUDAGraph
-    backward: torch.cuda.CUDAGraph
+    forward: Callable[[], None]
+    backward: Callable[[], None]
 
 
 @dataclass
 class Graphs:
-    """The graphs of a model, by shape of the batch.
+    """The graphs of a model, by shape of the batch and level of the layer.
 
     Attributes:
-        passes: shape -> graphs; None = seen once, not captured yet.
+        passes: shape and level -> graphs, or before: the layer that met them first.
         failure: why there are none any more, or "".
     """
 
-    passes: dict[tuple, Pass | None] = field(default_factory=dict)
+    passes: dict[tuple, Any] = field(default_factory=dict)
     failure: str = ""
     _weights: Sequence[Tensor] = ()  # inputs that the graphs of every shape have in common
     _pool: Any = None
     _stream: Any = None  # one for all: cuBLAS keeps scratch memory for each that it has seen
-    _first_body: Any = None  # who meets a shape first captures its graphs
 
     def find(self, body, hidden: Tensor, args: tuple, kwargs: dict) -> "Pass | None":
         """The graphs for a layer's arguments, captured when a shape comes the second time.
@@ -63,21 +66,21 @@ class Graphs:
             hidden, args, kwargs: of its forward.
 
         Returns:
-            The graphs; None when the layer is to be run as it is.
+            The graphs, captured by the layer that met them first as it meets them again; None when
+            the layer is to be run as it is.
         """
         num_tokens = hidden.shape[0] * hidden.shape[1]
         num_weights = body.store.layout.num_weights
         has_rows = "cu_seq_lens_q" in kwargs  # bounds of rows differ from batch to batch
         if self.failure or has_rows or num_weights * num_tokens > MAX_GRAPH_WORK:
             return None
-        key = tuple(hidden.shape)
+        key = *hidden.shape, body.level
         if key not in self.passes and len(self.passes) < MAX_GRAPH_SHAPES:
-            self.passes[key] = None
-            self._first_body = body
-            return None
-        if self.passes.get(key) is None and body is self._first_body:
+            self.passes[key] = body
+        elif self.passes.get(key) is body:
             self.passes[key] = self._capture(body, hidden, args, kwargs)
-        return self.passes.get(key)
+        found = self.passes.get(key)
+        return found if isinstance(found, Pass) else None
 
     def load(self, found: Pass, body, hidden, lora, args: tuple, kwargs: dict) -> None:
         """Copy a layer's tensors into the inputs of the graphs."""
@@ -93,41 +96,52 @@ class Graphs:
                 others = 3 + len(list(body.layer.parameters()))
                 self._weights = self._weights or [t.clone() for t in found[1:others]]
                 inputs = [found[0].clone(), *self._weights, *(t.clone() for t in found[others:])]
-            here = torch.cuda.stream(torch.cuda.current_stream())  # also after a failed capture
-            with here, _template(body, inputs, args, kwargs) as run:
-                return self._record(run, inputs)
+            run = _template(body, inputs, args, kwargs)
+            return self._record(run, inputs, body)
         except RuntimeError as error:
             self.failure = str(error).splitlines()[0]
             return None
 
-    def _record(self, run: Callable, inputs: Sequence[Tensor]) -> Pass:
-        leaves = [tensor.requires_grad_() for tensor in inputs[:2]]
-        grad_out = torch.zeros_like(leaves[0])
+    def _record(self, run: Callable, inputs: Sequence[Tensor], body) -> Pass:
+        grad_out, reading = torch.zeros_like(inputs[0]), partial(_reading, body.store, inputs[2])
 
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return run(False)
+        def forward() -> tuple[Tensor, SavedActivations | None]:
+            saved = SavedActivations() if body.level == "selective" else None
+            with reading(), torch.no_grad():
+                return run(saved, *inputs[:2]), saved
 
-        def backward() -> Sequence[Tensor]:
-            with torch.enable_grad():
-                return torch.autograd.grad(run(True), leaves, grad_out)
+        def backward(saved: SavedActivations | None) -> Sequence[Tensor]:
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs[:2]]
+            with reading(), torch.enable_grad():
+                out = run(saved and saved.copy(), *leaves)
+                return torch.autograd.grad(out, leaves, grad_out)
 
+        def warm_up() -> None:
+            for _ in range(NUM_WARMUPS):
+                backward(forward()[1])
+
+        self._aside(warm_up)
+        (out, saved), replay_forward = self._graph(forward)
+        kept = [] if saved is None else [tensor for part in saved.results for tensor in part]
+        grads, replay_backward = self._graph(partial(backward, saved))
+        return Pass(inputs, kept, out, grad_out, grads, replay_forward, replay_backward)
+
+    def _aside(self, work: Callable[[], None]) -> None:
+        """Run something on the stream of the graphs."""
         self._stream = self._stream or torch.cuda.Stream()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            for _ in range(NUM_WARMUPS):
-                forward()
-                backward()
+            work()
         torch.cuda.current_stream().wait_stream(self._stream)
-        graphs, results = (torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()), list[Any]()
-        mode = "thread_local"  # NCCL's watchdog asks for events from its own thread meanwhile
-        for graph, work in zip(graphs, (forward, backward), strict=True):
-            with torch.cuda.graph(graph, self._pool, self._stream, mode):
-                results.append(work())
-        for leaf in leaves:
-            leaf.requires_grad_(False)
-        return Pass(inputs, results[0], grad_out, results[1], *graphs)
+
+    def _graph(self, work: Callable) -> tuple[Any, Callable[[], None]]:
+        """Capture something: what it returns, overwritten by each replay, and the replay."""
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # NCCL's watchdog asks for events
+        here = torch.cuda.stream(torch.cuda.current_stream())  # also after a failed capture
+        with here, torch.cuda.graph(graph, self._pool, self._stream, mode):
+            found = work()
+        return found, graph.replay
 
 
 def choose(
@@ -178,15 +192,19 @@ class Replayed(torch.autograd.Function):
         ctx.save_for_backward(hidden, lora)
         ctx.rest = graphs, found, body, args, kwargs
         graphs.load(found, body, hidden, lora, args, kwargs)
-        found.forward.replay()
+        found.forward()
+        ctx.kept = [tensor.clone() for tensor in found.kept]
         return found.out.clone()
 
     @staticmethod
     def backward(ctx, grad_out):
         graphs, found, body, args, kwargs = ctx.rest
         graphs.load(found, body, *ctx.saved_tensors, args, kwargs)
+        for static, tensor in zip(found.kept, ctx.kept, strict=True):
+            static.copy_(tensor)
+        ctx.kept = None
         found.grad_out.copy_(grad_out)
-        found.backward.replay()
+        found.backward()
         pairs = zip(found.grads, ctx.needs_input_grad[5:], strict=True)
         return None, None, None, None, None, *[g.clone() if need else None for g, need in pairs]
 
@@ -198,25 +216,29 @@ def _inputs(body, hidden, lora, args: tuple, kwargs: dict) -> list[Tensor]:
     return [hidden, lora, quantized, *body.layer.parameters(), *others]
 
 
-@contextmanager
-def _template(body, inputs: Sequence[Tensor], args: tuple, kwargs: dict) -> Iterator[Callable]:
-    """Let a layer read a graph's inputs in place of its own tensors, while it is captured."""
+def _template(body, inputs: Sequence[Tensor], args: tuple, kwargs: dict) -> Callable:
+    """The layer on a graph's inputs in place of its own tensors, forward or recomputed."""
     names = [name for name, _ in body.layer.named_parameters()]
     params = dict(zip(names, inputs[3 : 3 + len(names)], strict=True))
     leaves, spec = pytree.tree_flatten((args, kwargs))
     others = iter(inputs[3 + len(names) :])
     leaves = [next(others) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
-    hidden, lora = inputs[:2]
 
-    def run(again: bool) -> Tensor:
-        body.store.cache.clear()  # what is dequantized here belongs to the graph
-        step = body.run_again if again else body.run
-        return step(None, hidden, lora, args, kwargs, params)
+    def run(saved: SavedActivations | None, hidden: Tensor, lora: Tensor) -> Tensor:
+        step = body.run_again if hidden.requires_grad else body.run
+        return step(saved, hidden, lora, args, kwargs, params)
 
-    read, body.store.read = body.store.read, lambda: inputs[2]
+    return run
+
+
+@contextmanager
+def _reading(store, quantized: Tensor) -> Iterator[None]:
+    """Let a store read a graph's input; what is dequantized meanwhile belongs to the graph."""
+    read, store.read = store.read, lambda: quantized
+    store.cache.clear()
     try:
-        yield run
+        yield
     finally:
-        body.store.read = read
-        body.store.cache.clear()
+        store.read = read
+        store.cache.clear()

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from fsdp_qlora.model import experts, placement, quantize, visit
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
 from fsdp_qlora.model.lora import Adapter, Draws, InputGroup, LoraSlot, SavedActivations
-from fsdp_qlora.planning.sizes import ENDING, LONG_TOKENS, TILE_TOKENS
+from fsdp_qlora.planning.sizes import ENDING, GRAPHED_LEVELS, LONG_TOKENS, TILE_TOKENS
 
 
 class Tiled(torch.autograd.Function):
@@ -300,7 +300,7 @@ class TrainedLayer(nn.Module):
         is_reentrant: recompute with torch's older checkpoint.
         is_whole: its own parameters are trained, nothing is quantized.
         tile_tokens: of long rows, tokens whose end of the layer is computed at once.
-        graphs: CUDA graphs for small batches at level "full", shared by all layers; or None.
+        graphs: CUDA graphs where the host is the bottleneck, shared by all layers; or None.
         is_bare: it runs without its adapters.
     """
 
@@ -499,7 +499,8 @@ class TrainedLayer(nn.Module):
             return self._visit(hidden, *args)
         has_dropout = any(slot.dropout for slot in self.slots)
         is_alone = not any(isinstance(value, UserDict) for value in kwargs.values())
-        is_plain = torch.is_grad_enabled() and self.level == "full" and not has_dropout and is_alone
+        is_plain = torch.is_grad_enabled() and self.level in GRAPHED_LEVELS
+        is_plain &= not has_dropout and is_alone
         if self.graphs is not None and is_plain and not self._is_tiled(hidden):
             found = self.graphs.find(self, hidden, args, kwargs)
             if found is not None:

@@ -33,19 +33,26 @@ class SavedActivations:
 
     Attributes:
         is_replay: the second run is under way.
+        results: what is stored.
     """
 
     def __init__(self) -> None:
         self.is_replay = False
-        self._results: list[tuple[torch.Tensor, ...]] = []
+        self.results: list[tuple[torch.Tensor, ...]] = []
 
     def store(self, *tensors: torch.Tensor) -> None:
         """Keep the next results; they must not be written to afterwards."""
-        self._results.append(tensors)
+        self.results.append(tensors)
 
     def take(self) -> tuple[torch.Tensor, ...]:
         """The next results, forgotten here."""
-        return self._results.pop(0)
+        return self.results.pop(0)
+
+    def copy(self) -> "SavedActivations":
+        """The same results, to be taken once more."""
+        found = SavedActivations()
+        found.results = [*self.results]
+        return found
 
 
 class Draws:

@@ -41,6 +41,7 @@ ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
 # and a graph would only hold memory (measured on an H200 beside a slow host: 7B at 512 tokens is
 # bound by the host, 70B at 1024 is not).
 MAX_GRAPH_WORK = 5e11
+GRAPHED_LEVELS = ("full",)  # of layers that run by graphs; selective ones can (not tried on a GPU)
 MAX_GRAPH_SHAPES = 8  # a graph keeps the memory of a layer's pass
 MOST_TOUCHED_BYTES = 4 * GIB  # copies for checkpoints: more is not taken before the first of them
 PAD_MULTIPLES = {"cuda": 64, "cpu": 8}  # of a batch's length: fewer shapes, blocks are found again

@@ -1,9 +1,11 @@
 """CUDA graphs of a layer: the same numbers as without."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
-from fsdp_qlora.model import cuda_graphs
+from fsdp_qlora.model import cuda_graphs, layer, skeleton
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -47,22 +49,79 @@ def _train(world, path, cases):
         passes = bodies[0].graphs.passes.values() if bodies[0].graphs else []
         failure = bodies[0].graphs.failure if bodies[0].graphs else ""
         numbers = [(s["loss"].item(), s["grad_norm"].item()) for s in steps]
-        results.append((numbers, sum(p is not None for p in passes), failure))
+        results.append((numbers, sum(isinstance(p, cuda_graphs.Pass) for p in passes), failure))
     return results
+
+
+LEVELS = {  # flags -> pairs of graphs of a shape
+    (): 1,
+    ("--selective_layers=5",): 1,
+    ("--selective_layers=2", "--uncheckpointed_layers=1"): 2,
+}
+
+
+def _check(results, nums):
+    """By graphs, then without: bit for bit; `nums`: pairs of graphs of each of three shapes."""
+    half = len(nums)
+    for (numbers, *graphs), (plain, *_), num in zip(
+        results[:half], results[half:], nums, strict=True
+    ):
+        assert graphs == [3 * num, ""]
+        assert numbers == plain
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(tiny.DEVICE != "cuda", reason="needs a card")
 def test_training_by_graphs_is_training(tmp_path):
-    """Reference: the same steps without graphs, bit for bit, for every placement."""
+    """Reference: the same steps without graphs, bit for bit, for every placement and level."""
     from tests.model.test_shard import PLACES
 
     path = tiny.save_model(tmp_path / "model", num_hidden_layers=5, dtype=torch.bfloat16)
-    places = list(PLACES.values())
-    off = [(*place, "--cuda_graphs=off") for place in places]
-    for results in run_ranks(_train, 1, path, [*places, *off]):
-        for (by_graph, num_graphs, failure), (plain, _, _) in zip(
-            results[: len(places)], results[len(places) :], strict=True
-        ):
-            assert (num_graphs, failure) == (3, "")
-            assert by_graph == plain
+    cases = {(*place, *kept): num for place in PLACES.values() for kept, num in LEVELS.items()}
+    off = [(*case, "--cuda_graphs=off") for case in cases]
+    for results in run_ranks(_train_all_levels, 1, path, [*cases, *off]):
+        _check(results, [*cases.values()])
+
+
+def _train_all_levels(world, path, cases):
+    with patch.object(layer, "GRAPHED_LEVELS", ("full", "selective")):
+        return _train(world, path, cases)
+
+
+def _again(self, work):
+    """Stand for a capture and its replays: the work itself, into the tensors of the first time."""
+    found = work()
+
+    def tensors(part):
+        if isinstance(part, torch.Tensor):
+            return [part]
+        results = getattr(part, "results", part) or ()
+        return [tensor for each in results for tensor in tensors(each)]
+
+    def replay():
+        for old, new in zip(tensors(found), tensors(work()), strict=True):
+            old.copy_(new)
+
+    return found, replay
+
+
+def _train_by_stand_in(world, path, cases):
+    """As `_train`, by graphs that run the work itself in place of a replay."""
+    own = {"_aside": lambda self, work: work(), "_graph": _again}
+
+    def chosen(setting, *rest):
+        return None if setting == "off" else cuda_graphs.Graphs()
+
+    with patch.multiple(cuda_graphs.Graphs, **own), patch.object(skeleton, "choose_graphs", chosen):
+        return _train_all_levels(world, path, cases)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_what_graphs_read_and_write_is_that_of_each_layer(tmp_path, num_ranks):
+    """Reference: the same steps without graphs, bit for bit, for all levels side by side."""
+    path = tiny.save_model(tmp_path / "model", num_hidden_layers=5)
+    place = ("--offload_impl=stream",) if num_ranks == 1 else ("--use_cpu_offload=false",)
+    cases = {("--precision=fp32", *place, *kept): num for kept, num in LEVELS.items()}
+    off = [(*case, "--cuda_graphs=off") for case in cases]
+    for results in run_ranks(_train_by_stand_in, num_ranks, path, [*cases, *off]):
+        _check(results, [*cases.values()])
