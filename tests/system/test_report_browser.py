@@ -300,10 +300,9 @@ def test_a_run_shows_itself_while_it_trains(browser, tmp_path):
             page.locator(".waits", has_text="step").first.wait_for(timeout=60_000)
             page.locator("#curves path.faint").first.wait_for(state="attached", timeout=60_000)
             seen = int(tile.inner_text())
-            for _ in range(60):
-                page.wait_for_timeout(1000)
-                if int(tile.inner_text()) > seen:
-                    break
+            limit_s = time.monotonic() + 60
+            while int(tile.inner_text()) <= seen and time.monotonic() < limit_s:
+                page.wait_for_timeout(200)
             assert 0 < seen < int(tile.inner_text())
             run.terminate()
             run.stdout.read()
