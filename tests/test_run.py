@@ -79,7 +79,10 @@ def start(directory: Path, *command: str) -> subprocess.Popen:
 def run(directory: Path, *command: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr."""
     process = start(directory, *command)
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=280)
+    finally:
+        process.kill()  # its ranks end with it
     return process.returncode, out, err
 
 

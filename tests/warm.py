@@ -26,7 +26,7 @@ from tests import faults
 from tests.ranks import PRELOAD
 
 PR_SET_NAME = 15
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 
 
 @dataclass
