@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fsdp_qlora.model import matmul
 from fsdp_qlora.planning.sizes import LOGITS_BYTES
 
 IGNORE = -100  # label of a token that is not trained
@@ -48,7 +49,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss += losses.sum()
             losses_N[part] = losses.squeeze(1)
             if grad_NH is not None:
-                torch.mm(grad, weight_VH, out=grad_NH[part])
+                grad_NH[part] = matmul.times(grad, weight_VH)
             if grad_VH is not None:
                 grad_VH += grad.t() @ x_NH[part]
             del grad  # before the next logits are made
