@@ -353,9 +353,8 @@ def run_ranks(
         value = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         value = "no answer in time" if ended.stop is not None else value
         value += f" ({words[-1][:160]})" if words else ""
-        rest, remedy = tasks, REMEDIES["device"]
-        if sign.point:
-            rest, remedy = tasks[tasks.index(sign.point) + 1 :], REMEDIES["crash"]
+        rest = tasks[tasks.index(sign.point) + 1 :] if sign.point else tasks
+        remedy = REMEDIES["crash" if sign.point else "device"]
         value += f"; not checked: {', '.join(rest)}" if rest else ""
         found.append(Finding(f"{who} {i} {sign.point or 'start'}", value, remedy, ENVIRONMENT))
     return list({finding.line(): finding for finding in found}.values())

@@ -62,8 +62,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, grad_losses_N):
         grad_NH, grad_VH, *again = ctx.saved_tensors
         factor = grad_loss if grad_losses_N is None else grad_losses_N.unsqueeze(1)
-        if grad_NH is not None:
-            grad_NH = grad_NH * factor.to(grad_NH.dtype)
+        grad_NH = None if grad_NH is None else grad_NH * factor.to(grad_NH.dtype)
         if grad_VH is not None:
             grad_VH = (grad_VH * grad_loss).to(ctx.dtype)
         elif again:

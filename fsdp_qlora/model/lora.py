@@ -189,11 +189,8 @@ class FrozenMatmul(torch.autograd.Function):
         ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
         if is_done:
             return deltas_MO
-        a_RIs = asides or [None] * len(linears)
-        pairs = [
-            _matmul(_flat(x), linear, delta, a_RI)
-            for linear, delta, a_RI in zip(linears, deltas_MO, a_RIs, strict=True)
-        ]
+        rows = zip(linears, deltas_MO, asides or [None] * len(linears), strict=True)
+        pairs = [_matmul(_flat(x), *row) for row in rows]
         sides = [side for _, side in pairs[: len(asides)]]
         ctx.mark_non_differentiable(*[side for side in sides if side is not None])
         return *[out for out, _ in pairs], *sides
