@@ -353,8 +353,9 @@ def run_ranks(
         value = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         value = "no answer in time" if ended.stop is not None else value
         value += f" ({words[-1][:160]})" if words else ""
-        rest = tasks[tasks.index(sign.point) + 1 :] if sign.point else tasks
-        remedy = REMEDIES["crash" if sign.point else "device"]
+        rest, remedy = tasks, REMEDIES["device"]
+        if sign.point:
+            rest, remedy = tasks[tasks.index(sign.point) + 1 :], REMEDIES["crash"]
         value += f"; not checked: {', '.join(rest)}" if rest else ""
         found.append(Finding(f"{who} {i} {sign.point or 'start'}", value, remedy, ENVIRONMENT))
     return list({finding.line(): finding for finding in found}.values())
@@ -480,12 +481,10 @@ def speed(world: "World") -> Iterator[Finding]:
     """Speed of matmuls and memory of this rank's device; a CPU with all its cores."""
     import torch
 
-    from fsdp_qlora.model.matmul import times
-
     size, nbytes, _ = SIZES[world.device.type]
     left, right = torch.randn(2, size, size, device=world.device).to(dtype_of(world.device))
-    kind = str(left.dtype).rpartition(".")[2]
-    tflops = 2 * size**3 * rate(lambda: times(left, right)) / 1e12
+    out, kind = torch.empty_like(left), str(left.dtype).rpartition(".")[2]
+    tflops = 2 * size**3 * rate(lambda: torch.mm(left, right, out=out)) / 1e12
     sustained = tflops * SUSTAINED_SHARE
     value = f"{tflops:.3g} TFLOP/s ({size} x {size}); {sustained:.3g} expected over a step"
     yield Finding(kind, value, speeds={"bf16_tflops": sustained})

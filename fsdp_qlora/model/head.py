@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fsdp_qlora.model import matmul
 from fsdp_qlora.planning.sizes import LOGITS_BYTES
 
 IGNORE = -100  # label of a token that is not trained
@@ -49,7 +48,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss += losses.sum()
             losses_N[part] = losses.squeeze(1)
             if grad_NH is not None:
-                grad_NH[part] = matmul.times(grad, weight_VH)
+                torch.mm(grad, weight_VH, out=grad_NH[part])
             if grad_VH is not None:
                 grad_VH += grad.t() @ x_NH[part]
             del grad  # before the next logits are made
@@ -62,7 +61,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, grad_losses_N):
         grad_NH, grad_VH, *again = ctx.saved_tensors
         factor = grad_loss if grad_losses_N is None else grad_losses_N.unsqueeze(1)
-        grad_NH = None if grad_NH is None else grad_NH * factor.to(grad_NH.dtype)
+        if grad_NH is not None:
+            grad_NH = grad_NH * factor.to(grad_NH.dtype)
         if grad_VH is not None:
             grad_VH = (grad_VH * grad_loss).to(ctx.dtype)
         elif again:

@@ -189,8 +189,11 @@ class FrozenMatmul(torch.autograd.Function):
         ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
         if is_done:
             return deltas_MO
-        rows = zip(linears, deltas_MO, asides or [None] * len(linears), strict=True)
-        pairs = [_matmul(_flat(x), *row) for row in rows]
+        a_RIs = asides or [None] * len(linears)
+        pairs = [
+            _matmul(_flat(x), linear, delta, a_RI)
+            for linear, delta, a_RI in zip(linears, deltas_MO, a_RIs, strict=True)
+        ]
         sides = [side for _, side in pairs[: len(asides)]]
         ctx.mark_non_differentiable(*[side for side in sides if side is not None])
         return *[out for out, _ in pairs], *sides
@@ -203,7 +206,10 @@ class FrozenMatmul(torch.autograd.Function):
         elif ctx.needs_input_grad[0]:
             for grad_MO, linear in zip(grads_MO, ctx.linears, strict=False):
                 weight_OI = linear.dequantize(grad_MO.dtype)
-                grad_MI = matmul.times(grad_MO, weight_OI, grad_MI)
+                if grad_MI is None:
+                    grad_MI = grad_MO @ weight_OI
+                else:
+                    grad_MI.addmm_(grad_MO, weight_OI)
         grad_x = None if grad_MI is None else grad_MI.view(ctx.shape)
         deltas = zip(grads_MO, ctx.needs_input_grad[4:], strict=False)
         return grad_x, None, None, None, *[grad if needed else None for grad, needed in deltas]
@@ -211,7 +217,7 @@ class FrozenMatmul(torch.autograd.Function):
 
 def _matmul(x_MI, linear, delta_MO, a_RI) -> tuple[torch.Tensor, torch.Tensor | None]:
     weight_OI = linear.dequantize(x_MI.dtype)
-    out_MO = matmul.times(x_MI, weight_OI.t(), delta_MO)
+    out_MO = x_MI @ weight_OI.t() if delta_MO is None else delta_MO.addmm_(x_MI, weight_OI.t())
     if a_RI is not None:
         return out_MO, weight_OI @ a_RI.t()
     return out_MO if linear.bias is None else out_MO.add_(linear.bias), None

@@ -51,23 +51,6 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # codes, scales
 LowRank = tuple[torch.Tensor, torch.Tensor, float]  # hidden_MR, b_OR, scale
 
 
-def times(left: torch.Tensor, right: torch.Tensor, added: torch.Tensor | None = None):
-    """Return left @ right, added in place to a third one if there is one.
-
-    A CPU without bfloat16 (before AVX-512) computes in float32: 8 to 30 times as fast as torch does
-    it (EPYC, torch 2.13, 256 x 1536 x 576: 5.8 ms, 44.7 and, where the right is no transpose, 198).
-
-    Args:
-        left, right: [M, K] and [K, N] of one dtype.
-        added: [M, N].
-    """
-    is_slow = left.is_cpu and left.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-    if is_slow and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        out = (left.float() @ right.float()).to(left.dtype)
-        return out if added is None else added.add_(out)
-    return left @ right if added is None else added.addmm_(left, right)
-
-
 class Quantized4(NamedTuple):
     """The 4-bit weights of linears that read one input, one below the other.
 

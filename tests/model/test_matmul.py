@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.errors import UserError
@@ -227,30 +226,3 @@ def test_the_plan_knows_their_speed_as_it_was_measured():
             setting = setting_for(info, cfg, machine)
             seconds.append(fit.evaluate(info, cfg, setting, machine).speed.step_s)
         assert least <= seconds[0] / seconds[1] <= most, name
-
-
-class Seen(TorchDispatchMode):
-    """Remembers in which dtypes matrices are multiplied."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
-            self.dtypes.add(args[0].dtype)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("has_bfloat16", (True, False))
-def test_a_cpu_without_bfloat16_multiplies_in_float32(monkeypatch, has_bfloat16):
-    """Where torch's own takes 8 to 30 times as long; rounded once, added where it shall be."""
-    monkeypatch.setattr(
-        torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bfloat16, raising=False
-    )
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    torch.manual_seed(0)
-    left, right, added = (torch.randn(size).bfloat16() for size in ((7, 64), (64, 9), (7, 9)))
-    exact, seen = left.double() @ right.double(), Seen()
-    total, seen.dtypes = added.double() + exact, set()
-    with seen:
-        found, summed = matmul.times(left, right), matmul.times(left, right, added)
-    assert seen.dtypes == {torch.bfloat16 if has_bfloat16 else torch.float32}
-    assert found.dtype == torch.bfloat16 and summed is added
-    assert error(found, exact) < 2**-8 and error(summed, total) < 2**-7

@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import time
+from unittest import mock
 from urllib.parse import quote
 
 import pytest
@@ -137,7 +138,7 @@ def test_the_server_answers_this_machine_alone_and_only_with_the_run(run_dir, tm
     assert follower.answer("")["columns"]["step"] == []
 
 
-def test_a_run_tells_what_its_ranks_do_and_how_it_ended(run_dir, monkeypatch):
+def test_a_run_tells_what_its_ranks_do_and_how_it_ended(run_dir):
     def state(owner, summary=None):
         (run_dir / ".lock").write_text(owner)
         if summary is not None:
@@ -146,8 +147,7 @@ def test_a_run_tells_what_its_ranks_do_and_how_it_ended(run_dir, monkeypatch):
         return found["state"], found["waits"]
 
     here, now_s = socket.gethostname(), time.monotonic()
-    with hooks.open_board() as board, monkeypatch.context() as still:
-        still.setattr(time, "monotonic", lambda: now_s)
+    with hooks.open_board() as board, mock.patch.object(time, "monotonic", lambda: now_s):
         for rank, point in enumerate(("post-forward", "post-forward", "save-mkdir")):
             sign = (int((now_s - 3) * 1e9), 7, point.encode())
             os.pwrite(board.fileno(), struct.pack("<qq512s", *sign), rank * hooks.SLOT.size)
