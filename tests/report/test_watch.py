@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import time
+from unittest import mock
 from urllib.parse import quote
 
 import pytest
@@ -157,10 +158,10 @@ def test_a_run_tells_what_its_ranks_do_and_how_it_ended(run_dir):
         found = Follower(run_dir).answer("")
         return found["state"], found["waits"]
 
-    here = socket.gethostname()
-    with hooks.open_board() as board:
+    here, now_s = socket.gethostname(), time.monotonic()
+    with hooks.open_board() as board, mock.patch.object(time, "monotonic", lambda: now_s):
         for rank, point in enumerate(("post-forward", "post-forward", "save-mkdir")):
-            sign = (time.monotonic_ns() - 3 * 10**9, 7, point.encode())
+            sign = (int((now_s - 3) * 1e9), 7, point.encode())
             os.pwrite(board.fileno(), struct.pack("<qq512s", *sign), rank * hooks.SLOT.size)
         assert state(f"pid {os.getpid()} on {here} since today") == (
             "running",

@@ -255,7 +255,7 @@ def test_series_of_any_kind_are_drawn_within_their_chart(browser, tmp_path):
             if name == "long":
                 print(f"100,000 steps: written and open in {took_s:.1f} s")
                 assert len(ys) < 10_000 and min(ys) < 30  # thinned, and the one stands out
-                assert took_s < 15
+                assert took_s < 60  # 14 where five others compute too; quadratic: minutes
 
 
 def test_a_page_follows_runs_as_they_write_through_a_resume_and_to_their_end(browser, tmp_path):
@@ -305,7 +305,9 @@ def test_a_run_shows_itself_while_it_trains(browser, tmp_path):
             page.locator(".waits", has_text="step").first.wait_for(timeout=60_000)
             page.locator("#curves path.faint").first.wait_for(state="attached", timeout=60_000)
             seen = int(tile.inner_text())
-            page.wait_for_timeout(4000)
+            limit_s = time.monotonic() + 60
+            while int(tile.inner_text()) <= seen and time.monotonic() < limit_s:
+                page.wait_for_timeout(200)
             assert 0 < seen < int(tile.inner_text())
             run.terminate()
             run.stdout.read()
