@@ -158,7 +158,6 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
     """
     with cli.Progress("imports torch", is_silent=os.environ.get("RANK", "0") != "0"):
         from fsdp_qlora.distributed import world as worlds
-
     cfg, plan, place, peers = config.place(argv), None, None, None
     try:
         known = worlds.of_process_group()
