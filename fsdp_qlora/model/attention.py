@@ -300,8 +300,7 @@ def attend(module, query, key, value, attention_mask, has_masks=False, **kwargs)
     if kernel is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key, value = _for_kernel(query, key, value)
-    out = _run(query, key, value, scale, kernel, saved)
-    return out.transpose(1, 2).contiguous(), None
+    return _run(query, key, value, scale, kernel, saved).transpose(1, 2).contiguous(), None
 
 
 def _for_kernel(query, key, value) -> Sequence[torch.Tensor]:
@@ -569,8 +568,7 @@ def _varlen_backward(
         _parts(lengths, query, key, value, out, grad_out), sums, strict=True
     ):
         rest = (q, k, v, o, s[None].contiguous())
-        mask = _mask(rest, is_causal, window)
-        found.append(_cpu_backward(g, *rest, **mask, scale=scale))
+        found.append(_cpu_backward(g, *rest, **_mask(rest, is_causal, window), scale=scale))
     return tuple(
         torch.cat([g[0].transpose(0, 1) for g in grads]) for grads in zip(*found, strict=True)
     )
