@@ -71,8 +71,7 @@ class Routing:
     def _tiles(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """Of as many tiles as there can be: expert (E: no more) and first row, see the kernel."""
         num_tiles = (self.starts.diff() + TILE_ROWS - 1) // TILE_ROWS
-        ends = num_tiles.cumsum(0)
-        most = -(-len(self.order) // TILE_ROWS) + self.num
+        ends, most = num_tiles.cumsum(0), -(-len(self.order) // TILE_ROWS) + self.num
         tiles = torch.arange(most, device=ends.device)
         expert = torch.searchsorted(ends, tiles, right=True)
         own = expert.clamp(max=self.num - 1)
@@ -441,7 +440,6 @@ def pair_of_one(linear: Linear, num: int, a_RI: Tensor, b_OR: Tensor) -> tuple[T
         A [R, I] and B [O, R].
     """
     _, number, part = linear.expert or ("", 0, 0)
-    b_OR = b_OR.view(len(b_OR), -1, num)[..., number]
-    rows = linear.out_features
+    b_OR, rows = b_OR.view(len(b_OR), -1, num)[..., number], linear.out_features
     b_OR = b_OR[rows:] if part == 1 and len(b_OR) > rows else b_OR[:rows]
     return a_RI.view(num, -1, a_RI.shape[1])[number], b_OR

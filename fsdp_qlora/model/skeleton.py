@@ -317,8 +317,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device) -> QuantizedM
     except KeyError as error:
         rule = f"model type {info.model_type} has attention classes of its own ({error})"
         raise UserError(f"--attn {chosen.attention}", rule, "use --attn eager") from None
-    head = _loss_head(hf_model, info)
-    names = stored_names(hf_model, info)
+    head, names = _loss_head(hf_model, info), stored_names(hf_model, info)
     inside = {at: name for name, at in names.items()}  # name in the files -> in the model
     known = (INDEXED.fullmatch(inside.get(at, "")) for at in info.linear_places())
     prefix = next((match["prefix"] for match in known if match), None)
@@ -597,8 +596,7 @@ def _build_body(
         raise UserError(got, rule, "check that config.json belongs to these weights", INTEGRITY)
     if store is None:
         return TrainedLayer(layer, (), None)
-    groups = replace_experts(layer, kind.linears, store)
-    linears = {}
+    groups, linears = replace_experts(layer, kind.linears, store), {}
     for name, index in places.items():
         stored = kind.linears[index].name
         linears[name] = lora.QuantizedLinear(built[name], partial(store.weight, index), stored)

@@ -83,8 +83,7 @@ class RunPlan:
         length = -(-most_tokens // (cfg.batch_size * (1 + (cfg.num_answers == 2))))
         if found is None or length >= cfg.context_length:
             return self
-        shorter = dataclasses.replace(cfg, context_length=length)
-        candidates = list(self.candidates)
+        shorter, candidates = dataclasses.replace(cfg, context_length=length), list(self.candidates)
         candidates[self.fallback] = fit.evaluate(self.info, shorter, found.setting, self.machine)
         words = f"predicted for the {most_tokens:,} tokens of the largest micro-batch"
         return dataclasses.replace(self, candidates=tuple(candidates), rows_note=words)

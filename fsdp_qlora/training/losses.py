@@ -152,8 +152,7 @@ def _answers(
 ) -> list[tuple[Answers, Tensor]]:
     """The answers in each batch, and the summed cross entropy of the chosen rows."""
     groups = [_group(batch, device) for batch in batches]
-    found = _single_losses(model, groups, preference)
-    made = []
+    found, made = _single_losses(model, groups, preference), []
     for batch, losses_N, by_base_N in zip(batches, *found, strict=True):
         losses_N = _whole(model, batch, losses_N)
         by_base_N = by_base_N if by_base_N is None else _whole(model, batch, by_base_N)
@@ -297,8 +296,7 @@ def are_rows_apart(model: nn.Module, world: World) -> bool:
     # Llama 4 scales queries by their place in the sequence, from the 8192nd on.
     if getattr(model.get_submodule("decoder").config, "attn_temperature_tuning", False):
         return False
-    ids = _trial_ids(model).to(world.device)
-    rows = RowBounds.of(SHORT_ROWS, world.device)
+    ids, rows = _trial_ids(model).to(world.device), RowBounds.of(SHORT_ROWS, world.device)
     positions = torch.arange(SHORT_ROWS[1], device=world.device)
     with evaluating(model):
         alone = model(ids[:, SHORT_ROWS[0] :], head.Targets(positions, None)).float()
@@ -360,8 +358,7 @@ def can_share_prompts(model: nn.Module, world: World) -> bool:
     vocab_size = model.get_parameter("head.weight").shape[0]
     ids = random.integers(vocab_size, size=second, dtype=np.int32)
     pair = Sample(ids, np.arange(second) >= SHORT_ROWS[0], SHORT_ROWS[0], first)
-    laid = flatten(pair.rows(), 8), branch([pair], 8, learns_prompt=False)
-    found = list[Tensor]()
+    laid, found = (flatten(pair.rows(), 8), branch([pair], 8, learns_prompt=False)), list[Tensor]()
     with evaluating(model), visit.may_refuse():  # a model may know no branches
         is_exact = joins_exactly(world.device, cast(skeleton.QuantizedModel, model).kernels.dtype)
         for group in (_group(batch, world.device) for batch in laid if is_exact):
