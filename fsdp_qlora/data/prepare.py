@@ -497,7 +497,7 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     is_few = 0 < facts["num_train"] < rows_per_step and cfg.packing != "on"
     is_split = uses_chat and not cfg.num_answers and num_texts > facts["num_rows"]
     ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
-    is_idle = not uses_chat and json.loads(cfg.chat_template_kwargs or "{}").keys() > {DATE}
+    is_idle = not uses_chat and json.loads(cfg.chat_template_kwargs or "{}").keys() - {DATE}
     unused = ", ".join(f"{name} ({count:,} rows)" for name, count in facts["unused"].items())
     is_plain = uses_chat and place == tokenizer.PLAIN_PLACE
     asked = row_formats.suggested(ready.example) if cfg.objective == "sft" else ""

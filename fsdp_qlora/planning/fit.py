@@ -180,8 +180,8 @@ def num_steps(s: Sizes, setting: Setting) -> int | None:
     rows_per_step = setting.batch_size * setting.accumulation * num_readers
     if cfg.max_steps > 0 or s.num_rows is None:
         return cfg.max_steps if cfg.max_steps > 0 else None
-    num_rows = max(s.num_rows - cfg.num_held_out(s.num_rows), 1)
-    return math.ceil(math.ceil(num_rows / rows_per_step) * cfg.num_epochs)
+    num_rows = s.num_rows - cfg.num_held_out(s.num_rows)  # the last ones join the other steps
+    return math.ceil(max(num_rows // rows_per_step, 1) * cfg.num_epochs)
 
 
 class Outcome(NamedTuple):
