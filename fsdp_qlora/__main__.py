@@ -3,14 +3,14 @@
 import contextlib
 import importlib
 import io
+import os
 import re
 import sys
 
 from fsdp_qlora import cli
-from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, UserError, redact_tracebacks
+from fsdp_qlora.errors import DONE, ENVIRONMENT, SIGINT, SIGTERM, UserError, redact_tracebacks
 
-COMMANDS, FORMER = cli.TABLE["commands"], cli.TABLE["former"]
-SHELLS = cli.TABLE["completion"]
+COMMANDS, FORMER, SHELLS = (cli.TABLE[name] for name in ("commands", "former", "completion"))
 ANSWERS = {"plan", "data", "doctor", "generate", "cache", "recipe"}  # they print their result
 
 
@@ -96,13 +96,20 @@ def console() -> int:
         failed; files are whole all the same.
     """
     redact_tracebacks()
-    code = SIGINT
-    with cli.safe_output() as lost, contextlib.suppress(KeyboardInterrupt):
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # it may be killed
+        from fsdp_qlora.distributed import launch
+
+        launch.tied_to_parent(os.getppid())()
+    with cli.safe_output() as lost:
         try:
             code = main(sys.argv[1:])
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             code = error.code
+        except (KeyboardInterrupt, SystemExit) as end:
+            code = getattr(end, "code", SIGINT)
+            if name := {SIGINT: "SIGINT", SIGTERM: "SIGTERM"}.get(code):
+                print(f"stopped by {name}", file=sys.stderr)
         if why := lost():
             print(f"warning   stdout has not taken all that was printed: {why}", file=sys.stderr)
             code = code or ENVIRONMENT * (not ANSWERS.isdisjoint(sys.argv[1:2]))

@@ -43,13 +43,7 @@ RULES: dict[str, Callable[[Any], Any]] = {
     "printable text": lambda value: value.strip() != "" and value.isprintable(),
 }
 RULES |= {rule: re.compile(text).fullmatch for rule, text in TABLE["patterns"].items()}
-
-
-def _within(least: float, most: float, value: float) -> bool:
-    return least <= value <= most
-
-
-RULES |= {rule: functools.partial(_within, *ends) for rule, ends in TABLE["bounds"].items()}
+RULES |= {rule: lambda v, a=a, b=b: a <= v <= b for rule, (a, b) in TABLE["bounds"].items()}
 
 
 class _SafeFile(io.FileIO):

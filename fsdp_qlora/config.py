@@ -83,6 +83,7 @@ class Objective(NamedTuple):
 
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 MAIN, EXAMPLES, HELP = _TABLE["main"], _TABLE["examples"], _TABLE["help"]
+OF_PLACE = _TABLE["place"]
 TRAIN_TYPES = {name: TrainType(*row) for name, row in _TABLE["train_types"].items()}
 STRATEGIES = {name: Strategy(**row) for name, row in _TABLE["strategies"].items()}
 OPTIMIZERS = {name: Optimizer(**row) for name, row in _TABLE["optimizers"].items()}
@@ -424,10 +425,9 @@ def place(argv: Sequence[str]) -> TrainConfig:
     """
     _answer(argv)
     values, faults = _Reader(TrainConfig, ALIASES, RECIPES_DIR).read(argv)
-    names = ("world_size", "master_port", "output_dir", "model_name", "revision", "train_type")
     try:
         refuse(faults)
-        return TrainConfig(**{name: values[name] for name in names if name in values})
+        return TrainConfig(**{name: values[name] for name in OF_PLACE if name in values})
     except UserError:
         parse(argv)  # tells all faults at once
         raise

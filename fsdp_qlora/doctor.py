@@ -497,7 +497,7 @@ def meet(world: "World") -> Iterator[Finding]:
     """Let the ranks meet and sum a megabyte."""
     from fsdp_qlora.distributed import world as worlds
 
-    worlds.check_links(worlds.join(COLLECTIVE_S))
+    worlds.check_links(worlds.join(timeout_s=COLLECTIVE_S))
     by = "gloo" if world.device.type == "cpu" else "NCCL"
     yield Finding("meet", f"over {by}, sums are right")
 

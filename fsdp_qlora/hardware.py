@@ -382,8 +382,9 @@ def with_measured(devices: list[Device], link_gbs: float | None = None) -> list[
     found = []
     for device in devices:
         row = measured.get(_plain(device.name), {})
-        every = (measured.get("disk", {}) | row).items()
-        speeds: dict[str, Any] = {SPEEDS[key]: value for key, value in every}
+        is_here = bool(row) or device.name == CPU.name  # the disk is that of this machine
+        every = (measured.get("disk", {}) if is_here else {}) | row
+        speeds: dict[str, Any] = {SPEEDS[key]: value for key, value in every.items()}
         found.append(dataclasses.replace(device, **speeds | given, is_measured=bool(row)))
     return found
 

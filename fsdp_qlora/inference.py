@@ -28,8 +28,7 @@ POLL_S = 0.1
 Rows = Sequence[Sequence[int]]  # tokens of several prompts
 Asked = str | list[dict]  # what a user says, or a conversation
 NAMES, SHOWN = ("base", "adapter"), ("loss", "perplexity", "accuracy", "margin")
-LONGEST_TOKENS = 2048  # of a row of a task, where the model could read more
-ANSWER_TOKENS = 256
+LONGEST_TOKENS, ANSWER_TOKENS = 2048, 256  # of a task's row, if the model could read more
 
 
 @dataclasses.dataclass(frozen=True)

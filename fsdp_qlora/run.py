@@ -16,11 +16,10 @@ from typing import Any
 
 from fsdp_qlora import checkpoint_store, cli, config, errors
 from fsdp_qlora.distributed import exit_report, hooks, launch
+from fsdp_qlora.distributed.launch import Poll
 from fsdp_qlora.export import adapter, hub, serving
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.training import preflight
-
-Poll = Callable[[], object]  # called after each step
 
 
 def run(plan: plans.RunPlan, world, given: frozenset[str], saved=None, poll: Poll = int) -> None:
@@ -94,9 +93,9 @@ def _report(out_dir: Path) -> None:
         print(f"warning   no report.html ({errors.printable(str(error))}): {remedy}", flush=True)
 
 
-def _watch(cfg: config.TrainConfig) -> None:
+def _watch(cfg: config.TrainConfig, is_silent: bool = False) -> None:
     """With --watch: serve the live page, from a thread that ends with this process."""
-    if cfg.watch:
+    if cfg.watch and not is_silent:
         from fsdp_qlora.report.watch import Server
 
         server = Server([cfg.resolved_output_dir], None).begin()
@@ -163,34 +162,36 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
     """
     from fsdp_qlora.distributed import world as worlds
 
-    cfg, plan, world, peers = config.place(argv), None, None, None
+    cfg, plan, place, peers = config.place(argv), None, None, None
     try:
         known = worlds.of_process_group()
         if known is None:
             os.environ.update(launch.rank_env(os.environ, cfg))
-        world = worlds.find_neighbors(known or worlds.join())
+            place = worlds.meet()
+            peers = launch.watch_peers(cfg, place) if is_alone else None
+        world = worlds.find_neighbors(known or worlds.join(place))
         own_dir = cfg.output_dir if "output_dir" in config.given(argv) else None
         argv, saved = _choose_start(argv, world)
-        is_mine = saved is None and not hooks.is_supervised()
-        argv = adapter.expand_init(argv) if is_mine else argv
-        is_silent = hooks.is_supervised() or world.rank
+        is_silent = hooks.is_supervised() or world.rank > 0
         cfg, given = config.parse(argv, say=str if is_silent else print), config.given(argv)
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
         world.agree(preflight.facts(cfg, world.device))
         world.first(lambda: hub.check(cfg.push_to_hub))
         may_end = saved is not None and not hooks.is_supervised()
         if may_end and world.first(lambda: _is_done(saved, cfg, False, print)):
+            if peers is not None:
+                peers.stop()
             return cfg
         cfg = launch.agree_output_dir(cfg, world)
-        if world.rank == 0 and not hooks.is_supervised():
-            _watch(cfg)
+        _watch(cfg, is_silent)
         if world.local_rank == 0 and own_dir not in (None, cfg.output_dir):
             unused = f"--output_dir {own_dir} is not used"
             print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
-        peers = launch.watch_peers(cfg, world) if is_alone else None
+        if peers is not None:
+            peers.follow(cfg.hang_timeout, cfg.resolved_output_dir)
         plan = launch.broadcast_plan(cfg, given, world)
         world = worlds.split(world, cfg.context_parallel)
-        if is_mine:
+        if saved is None and not hooks.is_supervised():
             adapter.check_init(plan.cfg, plan.info, str if is_silent else print)
         with preflight.explain_disk_full(plan.cfg):
             run(plan, world, given, saved, poll)
@@ -199,10 +200,10 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         if known is None:
             worlds.leave()
         hooks.beat(hooks.DONE, world.rank)
-        if world.rank == 0 and not hooks.is_supervised():
+        if not is_silent:
             hub.push(plan.cfg.resolved_output_dir, plan.cfg.push_to_hub)
     except Exception as error:
-        cause = error if world is None else worlds.explain(error, world, peers)
+        cause = worlds.explain(error, place, peers)
         if is_alone:
             exit_report.fail(cause, cfg, plan)
         raise cause from error
@@ -210,7 +211,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
 
 
 def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
-    """What --resume stands for: rank 0 chooses the checkpoint, other hosts need not have it."""
+    """What --resume and --init_adapter stand for; rank 0 chooses the checkpoint for all hosts."""
     if hooks.is_supervised():
         return argv, preflight.saved_of(config.parse(argv))
     place, cfg = world.meeting, config.place(argv)
@@ -218,7 +219,9 @@ def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
         own_dir = cfg.output_dir if "output_dir" in config.given(argv) else ""
         before = place.read("output_dir") or own_dir
         argv = [*argv, *([f"--output_dir={before}", "--resume=auto"] if before else [])]
-    return preflight.expand_resume(argv, functools.partial(print, flush=True), world.first)
+    say = functools.partial(print, flush=True)
+    argv, saved = preflight.expand_resume(argv, say, world.first)
+    return argv if saved is not None else adapter.expand_init(argv), saved
 
 
 def _is_done(saved, cfg: config.TrainConfig, is_silent: bool, say: Callable[[str], Any]) -> bool:
@@ -313,9 +316,8 @@ def main(argv: list[str], **followed: Any) -> int:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
         _tell_ranks(error)
         return error.code
-    except errors.Stopped as stopped:
-        if not hooks.is_supervised() and os.environ.get("RANK") == "0":
-            print(stopped, file=sys.stderr)
-        exit_report.leave(stopped.code)
-    except KeyboardInterrupt:
-        exit_report.leave(errors.SIGINT)
+    except KeyboardInterrupt as stop:
+        is_told = isinstance(stop, errors.Stopped) and not hooks.is_supervised()
+        if is_told and os.environ.get("RANK") == "0":
+            print(stop, file=sys.stderr)
+        exit_report.leave(getattr(stop, "code", errors.SIGINT))

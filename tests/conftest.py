@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,9 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
 }
+if "PYTEST_XDIST_WORKER" not in os.environ:  # what this user has measured or cached is no input
+    CACHE = tempfile.TemporaryDirectory(prefix="fsdp_qlora_tests_")
+    ENVIRONMENT["FSDP_QLORA_CACHE"] = CACHE.name
 if shutil.which("nvidia-smi") is None:  # kernels are tried by Triton's interpreter, where it is
     ENVIRONMENT["TRITON_INTERPRET"] = "1"
 os.environ.update(ENVIRONMENT)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fsdp_qlora import atomic
-from fsdp_qlora.__main__ import main
+from fsdp_qlora.__main__ import console, main
 from fsdp_qlora.atomic import new_directory
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, SIGTERM, UserError
 from fsdp_qlora.export import new_weights  # noqa: F401 (once, not in every fork)
@@ -64,11 +64,8 @@ def run(argv: list[str], number: int, kind: int | None, counted) -> None:
                 time.sleep(5 * (kind == signal.SIGTERM))  # until Python notices
 
     sys.addaudithook(watch)
-    try:
-        code = main(argv)
-    except UserError as error:
-        code = error.code
-    sys.exit(code)
+    sys.argv = ["fsdp-qlora", *argv]
+    sys.exit(console())
 
 
 def fork(argv: list[str], number: int = 0, kind: int | None = None) -> tuple[int | None, int]:
@@ -114,11 +111,11 @@ def test_killed_at_any_file_it_leaves_nothing_half_made(place: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("number", [2, 15])
-def test_sigterm_takes_the_draft_away(place: Path, tmp_path: Path, number: int):
-    """And the exit code tells of it."""
+def test_sigterm_takes_the_draft_away(place: Path, tmp_path: Path, number: int, capfd):
+    """And a line and the exit code tell of it."""
     out = tmp_path / "out"
     assert fork(words(place, out), number, signal.SIGTERM)[0] == SIGTERM
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and capfd.readouterr().err == "stopped by SIGTERM\n"
 
 
 @pytest.mark.parametrize("limit", [0, 100, 5_000, 20_000])

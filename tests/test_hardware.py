@@ -212,6 +212,9 @@ def test_measured_speeds_replace_those_of_the_table(
     monkeypatch.setenv("FSDP_QLORA_CACHE", str(tmp_path))
     path, listed = hardware.machine_file(), hardware.parse_gpus("3090")
     assert hardware.with_measured(listed) == [GPUS["3090"]]
+    path.write_text(json.dumps({"cards": {"disk": {"disk_gbs": 9}}}))
+    assert hardware.with_measured(listed) == [GPUS["3090"]]  # it is elsewhere, and so is its disk
+    assert hardware.with_measured([hardware.CPU])[0].disk_gbs == 9
     row = {"bf16_tflops": 55.5, "host_link_gbs": 13, "card_link_gbs": 7}
     path.write_text(json.dumps({"cards": {RTX: row}}))
     (found,) = hardware.with_measured(listed)

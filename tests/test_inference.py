@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -426,24 +427,40 @@ def test_a_chat_has_commands(opened, tmp_path, capsys, monkeypatch):
     assert "/save FILE" in out and "No such file or directory; give another file" in out
 
 
-def test_ranks_die_with_their_parent(tmp_path):
+PARENTS = {
+    "inference.spread('evaluate', [], config.parse(['--world_size=2']))": 2,
+    "serving.run_tool(sys.argv[1])": 1,  # llama.cpp's
+    "subprocess.run(sys.argv[2:])": 1,  # as torchrun does
+}
+
+
+@pytest.mark.parametrize("call", PARENTS)
+def test_ranks_die_with_their_parent(finished, tmp_path, call):
     """Killed outright, it can end nobody: the kernel must."""
+    words = ("-m", "fsdp_qlora", "generate", f"--adapter={finished}", "--prompt=a")
+    meeting = socket.create_server(("127.0.0.1", 0))  # of a rank of torchrun, which waits there
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting.getsockname()[1])}
+    place |= {"TORCHELASTIC_RUN_ID": "7", "RANK": "1", "WORLD_SIZE": "2"}
     stub = tmp_path / "rank"
     stub.write_text("#!/bin/sh\nexec sleep 100\n")
     stub.chmod(0o755)
-    parent = "import sys; from fsdp_qlora import config, inference; sys.executable = sys.argv[1]; "
-    parent += "inference.spread('evaluate', [], config.parse(['--world_size=2']))"
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([sys.executable, "-c", parent, str(stub)], env=env)
+    parent = "import subprocess, sys; from fsdp_qlora import config, inference; "
+    parent += "from fsdp_qlora.export import serving; sys.executable = sys.argv[1]; "
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | place
+    command = [sys.executable, "-c", parent + call, str(stub), sys.executable, *words]
+    process = subprocess.Popen(command, env=env)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     limit_s = time.monotonic() + 60
-    while len(ranks := children.read_text().split()) < 2 and time.monotonic() < limit_s:
+    while len(ranks := children.read_text().split()) < PARENTS[call] and time.monotonic() < limit_s:
         time.sleep(0.05)
     time.sleep(0.5)
+    meeting.settimeout(60)
+    if "argv[2:]" in call:
+        meeting.accept()
     process.kill()
     process.wait()
     limit_s = time.monotonic() + 5
     while left := [rank for rank in ranks if psutil.pid_exists(int(rank))]:
         assert time.monotonic() < limit_s, left
         time.sleep(0.05)
-    assert len(ranks) == 2
+    assert len(ranks) == PARENTS[call]

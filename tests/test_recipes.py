@@ -1,6 +1,7 @@
 """Every recipe is a command line that works, and has a page that says what it does."""
 
 import dataclasses
+import importlib.util
 import re
 import subprocess
 import tomllib
@@ -153,3 +154,18 @@ try recipe sh; try export mer; try bench --lora_r
     assert all(f"from {command}'" in fish for command in COMMANDS)
     with pytest.raises(UserError, match="want one of bash"):
         main(["--completion", "csh"])
+
+
+def test_rows_of_the_measured_page_are_command_lines_of_a_run(tmp_path):
+    """Each parses, has rows for all its steps, and names a known shape."""
+    path = README.parent / "recipes" / "measured" / "measure.py"
+    spec = importlib.util.spec_from_file_location("measure", path)
+    measure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measure)
+    for name in measure.TABLE["rows"]:
+        first, *flags = measure.command(name, tmp_path)
+        cfg = config.parse(flags)
+        assert first == "train" and cfg.world_size in (1, 2), name
+        per_step = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.world_size
+        assert cfg.dataset_samples >= per_step * cfg.max_steps // cfg.context_parallel, name
+        assert arch.read(cfg.model_name, need_weights=False).num_layers > 0, name

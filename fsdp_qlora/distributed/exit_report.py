@@ -156,15 +156,15 @@ def _tell_torchrun(line: str, trace: str = "") -> None:
             atomic.write_json(Path(path), {"message": message})
 
 
-def end_without(lost: list[int], rule: str, rank: int, hosts: list[str], out_dir: Path) -> NoReturn:
+def end_without(lost: list[int], rule: str, out_dir: Path, rank: int, hosts: list[str]) -> NoReturn:
     """End this rank because others are lost; one rank of each host says so.
 
     Args:
         lost: the others; it may be among them itself.
         rule: in what way.
+        out_dir: directory of the run, or none, if it has not begun.
         rank: of this process.
         hosts: by rank.
-        out_dir: directory of the run.
     """
     remedies = "no step is saved on this host", "start the run again"
     if (saved := checkpoint_store.latest(out_dir)) is not None:

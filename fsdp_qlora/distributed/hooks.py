@@ -15,23 +15,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
 
-from fsdp_qlora import errors
+from fsdp_qlora import cli, errors
 
 # What the supervisor puts into the environment of a rank.
 SUPERVISOR = "FSDP_QLORA_SUPERVISOR"  # its process, which prints the errors
 LISTENER = "FSDP_QLORA_LISTENER"  # number of the open socket at which rank 0 meets the others
 BOARD = "FSDP_QLORA_BOARD"  # number of the open file that the ranks write to
 RESTARTS = "FSDP_QLORA_RESTARTS"  # how often the supervisor has started the ranks again
-STEP_POINTS: tuple[str, ...] = ("pre-forward", "post-forward", "post-backward", "pre-optimizer")
-STEP_POINTS += ("post-optimizer", "post-record")
-SAVE_POINTS: tuple[str, ...] = ("save-mkdir", "save-before-file", "save-after-file")
-SAVE_POINTS += ("save-manifest", "save-fsync", "save-rename", "save-dir-fsync")
-SAVE_POINTS += ("prune-before", "prune-after")
+STEP_POINTS, SAVE_POINTS = cli.TABLE["points"].values()
 POINTS = ("load", *STEP_POINTS, *SAVE_POINTS, "eval", "export")
 DUMP = signal.SIGUSR2
 DONE = "done"
 SLOT = struct.Struct("<qq512s")
-End = Callable[[Sequence[int], str], None]  # is told which ranks are lost, and in what way
+End = Callable[[list[int], str, Path], None]  # is told who is lost, how, and of what
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PULSE = struct.Struct("<dd")  # time and seconds of computing of the host
 BEAT_S, LOST_S, GONE_S = 1.0, 5.0, 120.0  # a library may hold Python's lock for long
@@ -134,9 +130,8 @@ def read(board: int, rank: int) -> Heartbeat:
 
 def own_heartbeat() -> Heartbeat:
     """Return the last sign that this rank itself has given; an empty one without a supervisor."""
-    with suppress(OSError):
-        if BOARD in os.environ:
-            return read(int(os.environ[BOARD]), int(os.environ["RANK"]))
+    with suppress(OSError, KeyError):
+        return read(int(os.environ[BOARD]), int(os.environ["RANK"]))
     return Heartbeat()
 
 
@@ -237,15 +232,26 @@ class Peers(threading.Thread):
             keys: by rank, in the store.
             rank: of this process.
             limit_s: see `Watch`.
-            end: ends this process, and is told which ranks are lost and in what way.
+            end: ends this process, and is told which ranks are lost, in what way, and where the run
+                has its files.
         """
         super().__init__(daemon=True)
         self._store, self._keys, self._rank, self._end = store, list(keys), rank, end
         self._board, self._is_over = open_board(), threading.Event()
         os.environ[BOARD] = str(self._board.fileno())
         self._words, self._heard_s = [b""] * len(keys), [time.monotonic()] * len(keys)
-        self._watch = Watch(self._board.fileno(), limit_s, self._life)
+        self.follow(limit_s)
+
+    def follow(self, limit_s: float | None, out_dir: Path | None = None) -> None:
+        """Know the run: as soon as it has begun, a rank that hangs is lost, too.
+
+        Args:
+            limit_s: see `Watch`.
+            out_dir: where it has its files; None: it has not begun.
+        """
         self._gone_s = math.inf if limit_s == 0 else min(limit_s or GONE_S, GONE_S)
+        self._watch = Watch(self._board.fileno(), limit_s if out_dir else 0, self._life)
+        self._out = out_dir or Path(os.devnull)
 
     def run(self) -> None:
         """Beat and watch until `stop`."""
@@ -256,12 +262,12 @@ class Peers(threading.Thread):
             gone = [i for i in on if now_s - self._heard_s[i] > self._gone_s]
             hung = [] if gone else self._watch.find_hung(on)
             if self._rank in gone and not self._is_over.is_set():
-                self._end([0], "is gone, or the link to it is cut")
+                self._end([0], "is gone, or the link to it is cut", self._out)
             for lost, how in ((gone, "is gone"), (hung, "hung")):
                 if lost and not self._is_over.is_set():
                     sign = read(here, lost[0])
                     silent_s = now_s - (self._heard_s[lost[0]] if gone else sign.at_s)
-                    self._end(lost, f"{how}{sign}: no sign of life for {silent_s:.0f} s")
+                    self._end(lost, f"{how}{sign}: no sign of life for {silent_s:.0f} s", self._out)
 
     def _talk(self) -> None:
         """Show and look; where the link is cut, a call never returns."""

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fsdp_qlora import arch, checkpoint_store, hardware
+from fsdp_qlora import arch, checkpoint_store, cli, hardware
 from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.config import PROJECT_DIR, STRATEGIES, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
 from fsdp_qlora.distributed.exit_report import LINK, LOGS, MEMORY, ExitReport, RanksExit
 from fsdp_qlora.distributed.hooks import BOARD, LISTENER, RESTARTS, Heartbeat, Watch
-from fsdp_qlora.distributed.meeting import IDENTITY
+from fsdp_qlora.distributed.meeting import IDENTITY, Meeting
 from fsdp_qlora.errors import DONE, ENVIRONMENT, RUN_FAILED, SIGNALED, UserError, one_line_of
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.sizes import adopt_format, check_context
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 MASTER = ("MASTER_ADDR", "MASTER_PORT")
-SLURM: tuple[str, ...] = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
-SLURM += ("SLURM_STEP_NUM_TASKS", "SLURM_NODEID")
+SLURM: list[str] = cli.TABLE["slurm"]
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")  # of them --world_size may be wrong
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
@@ -459,23 +458,21 @@ def agree_output_dir(cfg: TrainConfig, world: "World") -> TrainConfig:
     return agreed
 
 
-def watch_peers(cfg: TrainConfig, world: "World") -> hooks.Peers | None:
-    """Watch over the ranks of all hosts, as a supervisor would.
+def watch_peers(cfg: TrainConfig, place: Meeting) -> hooks.Peers | None:
+    """Watch over the ranks of all hosts, as a supervisor would: from now on whether one is gone.
 
     Args:
-        cfg: the run, its output directory agreed on.
-        world: the ranks.
+        cfg: the run, as far as it is known.
+        place: where all have met.
 
     Returns:
-        What does it, begun; None where a supervisor does, or in a process group of the caller's.
+        What does it, begun; None where a supervisor does.
     """
-    if hooks.is_supervised() or world.meeting is None:
+    if hooks.is_supervised():
         return None
-    place, rank, out = world.meeting, world.rank, cfg.resolved_output_dir
-    hosts = [words[0] for words in place.places]
-    end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts, out_dir=out)
-    keys = [f"{place.round}/beat {i}" for i in range(world.size)]
-    peers = hooks.Peers(place.store.clone(), keys, rank, cfg.hang_timeout, end)
+    rank, hosts = int(os.environ["RANK"]), [words[0] for words in place.places]
+    end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts)
+    peers = hooks.Peers(place.store.clone(), place.beats, rank, cfg.hang_timeout, end)
     peers.start()
     return peers
 

@@ -153,11 +153,18 @@ class Meeting:
                 raise UserError(got, f"is process {pid} on {host} already", remedy, ENVIRONMENT)
             return False
         if self._rank == 0 and self.store.check(self._keys()):
+            for key in self.beats:  # who asks for what nobody has set yet is kept waiting
+                self.store.set(key, "")
             self.store.set(closed, "1")
         return bool(self.store.check([closed]))
 
     def _keys(self) -> list[str]:
         return [f"{self.round}/{rank}" for rank in range(self._size)]
+
+    @property
+    def beats(self) -> list[str]:
+        """Where each rank shows its signs of life, by rank; there once all have met."""
+        return [f"{key}/beat" for key in self._keys()]
 
     def read(self, key: str) -> str:
         """Return what stands in the store; "" for nothing."""

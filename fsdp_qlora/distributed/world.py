@@ -26,6 +26,7 @@ from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
 LINK_WORDS = ("gloo", "NCCL", "onnection")  # in what torch says when a rank has left
 GLOO_LINK = "GLOO_SOCKET_IFNAME"
 T = TypeVar("T")
+Met = meeting.Meeting | None
 
 MACHINE_NUMBERS = ("GROUP_RANK", "SLURM_NODEID", "NODE_RANK")  # of torchrun, srun, Ray
 
@@ -50,7 +51,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    meeting: "meeting.Meeting | None" = None
+    meeting: Met = None
     neighbors: tuple[int, ...] = ()
     context: "World | None" = None
     group: Any = None
@@ -287,31 +288,13 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
-def join(timeout_s: float = 1800.0) -> World:
-    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
-
-    Uses NCCL for tensors on GPUs and gloo for tensors on the host, both in one group: host numbers
-    (token counts, memory records) never wait for the device. From here on libraries keep to
-    themselves what they deprecate, unless Python was started with -W or PYTHONWARNINGS.
-
-    Args:
-        timeout_s: after which a collective fails.
-
-    Returns:
-        This process among the ranks.
+def meet() -> meeting.Meeting:
+    """Wait until all ranks have met where MASTER_ADDR and MASTER_PORT say.
 
     Raises:
         UserError: the others have not come, or are of another run (code 3), or one has failed.
     """
-    if not sys.warnoptions:  # FSDP and transformers call each other's deprecated names
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = _device(int(os.environ["LOCAL_RANK"]))
-    backend, own_device = "gloo", None
-    if device.type == "cuda":
-        backend, own_device = "cpu:gloo,cuda:nccl", device
-    limit, place = datetime.timedelta(seconds=timeout_s), _open_meeting(meeting.MEETING_S)
+    place = _open_meeting(meeting.MEETING_S)
     try:
         place.hold(_say)
     except UserError as error:
@@ -321,6 +304,34 @@ def join(timeout_s: float = 1800.0) -> World:
     except RuntimeError as error:  # the store is gone
         rule, remedy = "has left before all ranks were there", "see what it has printed"
         raise UserError("rank 0", rule, remedy, RUN_FAILED) from error
+    return place
+
+
+def join(place: Met = None, timeout_s: float = 1800.0) -> World:
+    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Uses NCCL for tensors on GPUs and gloo for tensors on the host, both in one group: host numbers
+    (token counts, memory records) never wait for the device. From here on libraries keep to
+    themselves what they deprecate, unless Python was started with -W or PYTHONWARNINGS.
+
+    Args:
+        place: where the ranks have met; None: they have not yet.
+        timeout_s: after which a collective fails.
+
+    Returns:
+        This process among the ranks.
+
+    Raises:
+        UserError: see `meet`; or their devices differ.
+    """
+    # FSDP and transformers call each other's deprecated names.
+    for kind in () if sys.warnoptions else (FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", kind)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device, place = _device(int(os.environ["LOCAL_RANK"])), place or meet()
+    own_device = device if device.type == "cuda" else None
+    backend = "gloo" if own_device is None else "cpu:gloo,cuda:nccl"
+    limit = datetime.timedelta(seconds=timeout_s)
     if GLOO_LINK not in os.environ and (link := place.link()):
         os.environ[GLOO_LINK] = link  # gloo asks for the host's name, in Debian 127.0.1.1
     store = dist.PrefixStore(f"group {place.round}", place.store)
@@ -370,23 +381,23 @@ def tell(error: UserError) -> None:
         _open_meeting(meeting.LINGER_S).tell_failure(str(error), error.code, lingers=True)
 
 
-def explain(error: Exception, world: World, peers: Peers | None = None) -> Exception:
+def explain(error: Exception, place: Met, peers: Peers | None = None) -> Exception:
     """Let the other ranks know that this one fails; without a supervisor nobody else would.
 
     Args:
         error: what ends it.
-        world: this process among the ranks.
+        place: where the ranks have met; None: nowhere.
         peers: ends this process where a rank is gone, and the error follows from that.
 
     Returns:
         What to show: the word of a rank whose failure has caused this one, else the error.
     """
-    if is_supervised() or world.meeting is None:
+    if is_supervised() or place is None:
         return error
     is_own = isinstance(error, UserError)
     try:
         if not is_own:
-            world.meeting.heed_failure()
+            place.heed_failure()
     except UserError as cause:
         return cause
     except RuntimeError:  # the store is gone
@@ -395,7 +406,7 @@ def explain(error: Exception, world: World, peers: Peers | None = None) -> Excep
         peers.hurry()
     with suppress(UserError, RuntimeError):
         code = error.code if isinstance(error, UserError) else RUN_FAILED
-        world.meeting.tell_failure(str(error) if is_own else repr(error), code, lingers=False)
+        place.tell_failure(str(error) if is_own else repr(error), code, lingers=False)
     return error
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsdp_qlora import arch, atomic, cli, hardware
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig, split_name
+from fsdp_qlora.distributed.launch import tied_to_parent
 from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
 from fsdp_qlora.export.adapter import CONFIG_NAME, EACH, TABLE, WEIGHTS_NAME, SavedAdapter, read
 
@@ -70,9 +71,10 @@ def run_tool(*words: str | Path) -> str:
         UserError: it has failed (code 3).
     """
     command = [*[sys.executable] * str(words[0]).endswith(".py"), *map(str, words)]
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    how: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    how["preexec_fn"] = tied_to_parent()
     with cli.Progress(f"{Path(words[0]).name} works"):
-        done = subprocess.run(command, text=True, errors="replace", **streams)
+        done = subprocess.run(command, text=True, errors="replace", **how)
     if done.returncode:
         remedy = f"see what it prints: {shlex.join(command)}"
         if absent := re.search(r"No module named '([\w.]+)'", done.stdout):

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
 STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is read of it here
 TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_FILES, MAX_CHARS = ("tokenizer.json", "tokenizer.model"), 40
 MAY_CHANGE = (*TABLE["data"], *TABLE["rows"])
-MAX_CHARS = 40
 Say = Callable[[str], None]
 FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(IS_FULL)))})")  # as Rust says it
 

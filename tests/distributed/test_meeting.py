@@ -3,7 +3,12 @@
 Two process groups of torchrun on this machine, each with a directory of its own, stand for hosts.
 """
 
+import functools
+import importlib
+import os
+import re
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -14,7 +19,7 @@ from fsdp_qlora import run as train_run
 from fsdp_qlora.arch import files
 from fsdp_qlora.distributed import launch, meeting
 from fsdp_qlora.distributed.meeting import Meeting
-from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, UserError
+from fsdp_qlora.errors import DONE, ENVIRONMENT, INPUT, RUN_FAILED, UserError
 from fsdp_qlora.training import checkpoint, preflight
 from tests import faults, warm
 from tests import test_kill_sweep as kill_sweep
@@ -111,6 +116,36 @@ def test_who_is_missing_is_named(place: Path):
     assert alone.wait(30) == ENVIRONMENT
     assert f"waiting   1 s for rank 0 at localhost:{port} (Connection refused)" in alone.out
     assert alone.err.count("\n") == 1 and "rank 0 could not be reached for 2 s" in alone.err
+
+
+def stops_where(name: str, argv, **more) -> int:
+    """`train` that stops without a word, as a host that loses its power does, at a function."""
+
+    def stop(*_, **__):
+        print("stops", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    module, _, function = name.rpartition(".")
+    setattr(importlib.import_module(module), function, stop)
+    return train_run.main(argv, **more)
+
+
+LOST = ("torch.distributed.init_process_group", "fsdp_qlora.training.preflight.facts")
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_host_lost_before_the_run_has_begun_is_named(place: Path, name: str):
+    """Between the meeting and the first agreement; the others do not wait for half an hour."""
+    main = functools.partial(stops_where, name)
+    ranks = both(place, ("--hang_timeout=5", f"--output_dir={place / name}"), (), (), main=main)
+    try:
+        assert ranks[0].wait(40) == RUN_FAILED
+        assert "stops" in ranks[1].out and ranks[0].err.count("\n") == 1
+        line = r"error: \S+ \(rank 1\): is gone.*: no sign of life for \d+ s; no step is saved"
+        assert re.match(line, ranks[0].err), ranks[0].err
+    finally:
+        for rank in ranks:
+            rank.process.kill()
 
 
 def both(place: Path, argv: tuple[str, ...], *more: tuple[str, ...], main=None, **env: str):
