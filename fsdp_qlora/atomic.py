@@ -19,8 +19,7 @@ from typing import IO, Any
 
 from fsdp_qlora.errors import ENVIRONMENT, SIGTERM, UserError
 
-GIB = 2**30
-SPARE = 1.01  # of the disk: what lies beside the weights
+GIB, SPARE = 2**30, 1.01  # of the disk: what lies beside the weights
 # No room for a file -> what to do.
 IS_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room")
 IS_FULL |= {errno.EFBIG: "raise the limit of a file's size (ulimit -f)"}
@@ -35,7 +34,7 @@ def cache_dir(setting: str = "auto") -> Path:
         setting: a directory, or "auto" for $FSDP_QLORA_CACHE or ~/.cache/fsdp_qlora.
     """
     if setting == "auto":
-        setting = os.environ.get("FSDP_QLORA_CACHE", "~/.cache/fsdp_qlora")
+        setting = os.environ.get("FSDP_QLORA_CACHE") or "~/.cache/fsdp_qlora"
     if (path := os.path.expanduser(setting)).startswith("~"):  # of a user that no list knows
         remedy = "export HOME=DIR, or FSDP_QLORA_CACHE=DIR"
         raise UserError(setting, "there is no home directory", remedy, ENVIRONMENT)

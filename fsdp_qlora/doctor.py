@@ -35,13 +35,12 @@ LEAST_HOST_GIB, LEAST_DISK_GIB, LEAST_SHM_GIB, SLOW_MBS = 4, 5, 1, 100
 REMEDIES: dict[str, str] = cli.TABLE["remedies"]  # by check or task, and others
 SPEED_WORDS: dict[str, str] = cli.TABLE["speeds"]
 SEE, CACHE, OUTPUT = (REMEDIES[name] for name in ("see", "cache", "output"))
-NUM_CPU_RANKS = 2
 MARK = "doctor: "  # of a finding among the lines that a rank prints
 TOGETHER, OPTIONAL_TASKS = ("meet", "gather"), ("hqq4", "speed")  # runs do without the latter
 ON_CPU = ("nf4_dq", "fp4", "hqq4", "speed", *TOGETHER)
 # Task -> module without which it is left out.
 OPTIONAL = {"hqq4": "hqq", "flash_attn": "flash_attn", "liger_kernel": "liger_kernel"}
-COLLECTIVE_S, MIN_S, NUM_GATHERS = 60.0, 0.3, 10
+COLLECTIVE_S, MIN_S, NUM_GATHERS, NUM_CPU_RANKS = 60.0, 0.3, 10, 2
 DISK_BYTES, LINK_BYTES = 2**27, 2**28
 # Kind of device -> size of a square matmul, bytes of a copy, bytes of each rank in a gather.
 SIZES = {"cuda": (8192, 2**29, 2**27), "cpu": (2048, 2**28, 2**24)}

@@ -154,8 +154,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
     Args:
         argv: the command line, the same on every rank but for what is of its host.
         poll: called after each step.
-        is_alone: this process is the rank's alone; what goes wrong ends it, and is left as one
-            line for the supervisor.
+        is_alone: this process is the rank's alone: what goes wrong ends it, with one line.
 
     Returns:
         The configuration that was gone by.
@@ -175,7 +174,8 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         is_silent = hooks.is_supervised() or world.rank > 0
         cfg, given = config.parse(argv, say=str if is_silent else print), config.given(argv)
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
-        world.agree(preflight.facts(cfg, world.device))
+        begun = adapter.init_facts(None if saved else cfg.init_adapter)
+        world.agree(preflight.facts(cfg, world.device) | begun)
         world.first(lambda: hub.check(cfg.push_to_hub))
         may_end = saved is not None and not hooks.is_supervised()
         if may_end and world.first(lambda: _is_done(saved, cfg, False, print)):
@@ -219,8 +219,7 @@ def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
         own_dir = cfg.output_dir if "output_dir" in config.given(argv) else ""
         before = place.read("output_dir") or own_dir
         argv = [*argv, *([f"--output_dir={before}", "--resume=auto"] if before else [])]
-    say = functools.partial(print, flush=True)
-    argv, saved = preflight.expand_resume(argv, say, world.first)
+    argv, saved = preflight.expand_resume(argv, functools.partial(print, flush=True), world.first)
     return argv if saved is not None else adapter.expand_init(argv), saved
 
 

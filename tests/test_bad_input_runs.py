@@ -37,6 +37,12 @@ CANARIES = {
     "AZURE_STORAGE_CONNECTION_STRING": "AccountName=a;AccountKey=canary23canary23==;Suffix=x",
     "GOOGLE_CREDENTIALS": f'{{"private_key": "{PEM[:-1]}-", "private_key_id": "canary27id0123"}}',
     "SSH_PRIVATE_KEY": PEM,
+    **{"TS_AUTHKEY": "tskey-canary-39", "MAILPASS": "canarypass40", "GITPAT": "canarypat-41"},
+    **{
+        "LICENSEKEY": "canary-license-42",
+        "RABBITDSN": "amqp-canary-43",
+        "F": "pypi-AgEIcHlwaS5canary44Zq",
+    },
     "api_tokens": "canary-38-a,canary-38-b-longer-value",
     # by their look, whatever the name
     "A": "eyJhbGciOiJIUzI1NiJ9.eyJjYW5hcnkiOjE3fQ.canarysignature",
@@ -48,6 +54,7 @@ CANARIES = {
 PLAIN = {
     **{"PATH": "/usr/local/bin:/usr/bin", "MY_AUTH": "/home/auth/models", "OLDPWD": "/srv/canary"},
     **{"SORT_KEY": "short", "MAX_TOKENS": "2147483648", "TOKEN_LIMIT": "1,000,000,000"},
+    **{"COMPASS": "north-by-northwest", "PUBLICKEY": "ed25519-of-alice", "MONKEY": "bananas-only"},
     **{"TOKENIZERS_PARALLELISM": "disabled!", "KEYBOARD": "us-international", "PASSIVE": "a" * 20},
     **{"GIT_AUTHOR_NAME": "Alice Author", "AUTH_TYPE": "kerberos5", "PATTERN": "some-pattern"},
     **{"SSH_AUTH_SOCK": "/tmp/ssh-1/agent.11", "DATASET_URL": "https://example.org/x.jsonl"},

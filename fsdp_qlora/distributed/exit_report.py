@@ -21,8 +21,7 @@ from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.rows import GibByRow
 from fsdp_qlora.planning.sizes import STREAMED
 
-MOST_ROWS = 4
-MAX_LINES = 10
+MOST_ROWS, MAX_LINES = 4, 10
 MEMORY, LINK = "memory", "link"
 AFTERMATH = (signal.SIGABRT, signal.SIGTERM)
 OWN_FAULTS = (errors.INPUT, errors.ENVIRONMENT, errors.INTEGRITY)

@@ -170,6 +170,7 @@ class Watch:
     steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=50))
     last: Heartbeat = Heartbeat()
     used_s: float = 0.0
+    asked_s: float = math.inf
 
     def find_hung(self, pids: Mapping[int, int]) -> list[int]:
         """Return the ranks that hang: the stopped ones, else those that are least far.
@@ -180,9 +181,13 @@ class Watch:
         signs = {rank: read(self.board, rank) for rank in pids}
         if not signs or self.limit_s == 0:
             return []
-        self._learn(max(signs.values(), key=lambda sign: sign.step))
+        before_s, self.asked_s = self.asked_s, time.monotonic()
+        last = max(signs.values(), key=lambda sign: sign.step)
+        if self.asked_s - before_s > LOST_S:  # all were stopped, as a scheduler suspends a job
+            self.began_s, self.last = self.asked_s, Heartbeat(self.asked_s, last.step)
+        self._learn(last)
         first = min(signs.values(), key=lambda sign: sign.at_s)
-        silent_s = time.monotonic() - max(first.at_s, self.began_s)
+        silent_s = self.asked_s - max(first.at_s, self.began_s)
         is_steady = first.point in STEP_POINTS and bool(self.steps_s)
         if silent_s <= self._limit_s(is_steady):
             return []
@@ -256,8 +261,11 @@ class Peers(threading.Thread):
     def run(self) -> None:
         """Beat and watch until `stop`."""
         threading.Thread(target=self._talk, daemon=True).start()
+        now_s, here = time.monotonic(), self._board.fileno()
         while not self._is_over.wait(BEAT_S):
-            now_s, here = time.monotonic(), self._board.fileno()
+            before_s, now_s = now_s, time.monotonic()
+            if now_s - before_s > LOST_S:  # see Watch.find_hung
+                self._heard_s = [now_s] * len(self._keys)
             on = {i: i for i in range(len(self._keys)) if not read(here, i).is_last}
             gone = [i for i in on if now_s - self._heard_s[i] > self._gone_s]
             hung = [] if gone else self._watch.find_hung(on)
@@ -315,8 +323,7 @@ class Peers(threading.Thread):
 class Burst:
     """Tells a stop signal that is sent again from the first one, sent several times over."""
 
-    def __init__(self) -> None:
-        self._at_s = -math.inf
+    _at_s = -math.inf
 
     def is_new(self) -> bool:
         """Whether a signal that comes now is not of the burst before."""
@@ -334,8 +341,7 @@ class StopFlag:
     """
 
     def __init__(self) -> None:
-        self.number, self._burst = 0, Burst()
-        self._is_deferred = False
+        self.number, self._burst, self._is_deferred = 0, Burst(), False
 
     def install(self) -> None:
         """Take over both signals; in a thread beside the main one Python allows nobody to."""

@@ -39,7 +39,6 @@ LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")  # of them --world_s
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
 GRACE_S, STOP_GRACE_S, DUMP_S, POLL_S = 4.0, 10.0, 1.0, 0.05
-PR_SET_PDEATHSIG = 1
 Rank = subprocess.Popen  # or what has its pid, returncode, poll, wait and send_signal
 
 
@@ -234,7 +233,7 @@ def tied_to_parent(number: int = 0) -> Callable[[], None]:
     libc, parent = ctypes.CDLL(None), number or os.getpid()
 
     def tie() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        libc.prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os._exit(RUN_FAILED)
 
@@ -472,7 +471,10 @@ def watch_peers(cfg: TrainConfig, place: Meeting) -> hooks.Peers | None:
         return None
     rank, hosts = int(os.environ["RANK"]), [words[0] for words in place.places]
     end = functools.partial(exit_report.end_without, rank=rank, hosts=hosts)
-    peers = hooks.Peers(place.store.clone(), place.beats, rank, cfg.hang_timeout, end)
+    keys = [f"{place.round}/beat {i}" for i in range(len(hosts))]
+    for key in keys:  # who asks for what nobody has set yet is kept waiting
+        place.store.compare_set(key, "", "")
+    peers = hooks.Peers(place.store.clone(), keys, rank, cfg.hang_timeout, end)
     peers.start()
     return peers
 

@@ -153,18 +153,11 @@ class Meeting:
                 raise UserError(got, f"is process {pid} on {host} already", remedy, ENVIRONMENT)
             return False
         if self._rank == 0 and self.store.check(self._keys()):
-            for key in self.beats:  # who asks for what nobody has set yet is kept waiting
-                self.store.set(key, "")
             self.store.set(closed, "1")
         return bool(self.store.check([closed]))
 
     def _keys(self) -> list[str]:
         return [f"{self.round}/{rank}" for rank in range(self._size)]
-
-    @property
-    def beats(self) -> list[str]:
-        """Where each rank shows its signs of life, by rank; there once all have met."""
-        return [f"{key}/beat" for key in self._keys()]
 
     def read(self, key: str) -> str:
         """Return what stands in the store; "" for nothing."""
@@ -239,7 +232,7 @@ def compare(every: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> None:
     """Refuse ranks that do not have the same in mind.
 
     Args:
-        every: facts by name, by rank; what a rank does not have is not compared.
+        every: facts by name, by rank; a library may be there on some only.
         hosts: by rank.
 
     Raises:
@@ -248,11 +241,11 @@ def compare(every: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> None:
     names = dict.fromkeys(name for facts in every for name in facts)
     rows, others = [f"{'':<24}{'rank 0':<{MOST_CHARS}}  others"], {}
     for name in names:
-        has = [rank for rank, facts in enumerate(every) if name in facts]
-        other = [rank for rank in has if every[rank][name] != every[has[0]][name]]
+        values = [facts.get(name, "none") for facts in every]
+        other = [rank for rank, value in enumerate(values) if value != values[0]]
         if other:
             others[name] = f"rank {other[0]} ({hosts[other[0]]})"
-            first, second = (_shown(every[rank][name]) for rank in (has[0], other[0]))
+            first, second = _shown(values[0]), _shown(values[other[0]])
             rows.append(f"{name:<24}{first:<{MOST_CHARS}}  {others[name]}: {second}")
     if others:
         who, rule = ", ".join(dict.fromkeys(others.values())), f"differ in {', '.join(others)}"

@@ -23,8 +23,8 @@ from fsdp_qlora.distributed import exit_report, meeting
 from fsdp_qlora.distributed.hooks import LISTENER, Peers, is_supervised
 from fsdp_qlora.errors import ENVIRONMENT, RUN_FAILED, UserError
 
-LINK_WORDS = ("gloo", "NCCL", "onnection")  # in what torch says when a rank has left
-GLOO_LINK = "GLOO_SOCKET_IFNAME"
+# In what torch says when a rank has left.
+LINK_WORDS, GLOO_LINK = ("gloo", "NCCL", "onnection"), "GLOO_SOCKET_IFNAME"
 T = TypeVar("T")
 Met = meeting.Meeting | None
 
@@ -153,7 +153,7 @@ class World:
         """Refuse to go on unless all ranks say the same; all must call.
 
         Args:
-            facts: of this rank by name, picklable; what a rank leaves out is not compared.
+            facts: of this rank by name, picklable.
 
         Raises:
             UserError: they differ, see `meeting.compare`; raised on every rank.

@@ -294,6 +294,12 @@ def _target_text(names: str | list[str] | None, pairs: Collection[str]) -> str:
     return ",".join(sorted(kept)) or "all"
 
 
+def init_facts(name: str | None) -> dict[str, Any]:
+    """What all ranks must begin with: a hash of the weights of --init_adapter, if there is one."""
+    file = locate(name) / WEIGHTS_NAME if name else None
+    return {} if file is None else {"init_adapter": checkpoint_store.listing(file)["sha256"]}
+
+
 def check_init(cfg: TrainConfig, info: ModelInfo, say: Callable[[str], Any]) -> None:
     """See that a run can go on from its --init_adapter, before anything is loaded.
 

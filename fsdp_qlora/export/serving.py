@@ -30,8 +30,6 @@ CONVERTED = ("f16", "bf16", "f32", "q8_0")  # by the converter itself; the other
 OUTTYPES = ("q4_k_m", "q5_k_m", "q6_k", "q4_0", "q3_k_m", *CONVERTED)
 CONVERTER, LORA_CONVERTER = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
 QUANTIZER, GO = "llama-quantize", TABLE["go"]
-CLONE = "git clone https://github.com/ggml-org/llama.cpp, then --llama_cpp llama.cpp"
-BUILD = "cmake -B build && cmake --build build --target llama-quantize, in llama.cpp"
 # Source: MaxLoRARanks in vllm/config/lora.py and _validate_features in vllm/lora/peft_helper.py.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -55,7 +53,7 @@ def find_tool(name: str, llama_cpp: str | None) -> str:
     if found := shutil.which(name, os.F_OK, path):
         return found
     rule = f"is not in {llama_cpp} or on PATH" if llama_cpp else "is not on PATH"
-    raise UserError(name, rule, BUILD if name == QUANTIZER else CLONE, ENVIRONMENT)
+    raise UserError(name, rule, TABLE["build" if name == QUANTIZER else "clone"], ENVIRONMENT)
 
 
 def run_tool(*words: str | Path) -> str:
@@ -221,9 +219,7 @@ def write_modelfile(out: Path, gguf: str, model: Path, system: str | None) -> st
     stops = dict.fromkeys([text.names.get("eos_token"), *found])
     said, template = "no chat template: it goes on with the text as it is", None
     if text.chat_template:
-        said = "its chat template is more than text around the turns: "
-        said += "Ollama takes one of its own, or none"
-        template = go_template(text)
+        said, template = TABLE["no_go"], go_template(text)
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
         said = "chat template of the tokenizer"

@@ -155,6 +155,14 @@ def both(place: Path, argv: tuple[str, ...], *more: tuple[str, ...], main=None, 
     return [start(place, i, port, *argv, *more[i], main=mains[i], **env) for i in (0, 1)]
 
 
+def change(file: Path) -> None:
+    """Flip a bit of its largest tensor."""
+    content = bytearray(file.read_bytes())
+    last = max(files.read_header(file).values(), key=lambda ref: ref.nbytes)
+    content[last.start + last.nbytes - 1] ^= 1
+    file.write_bytes(content)
+
+
 def test_ranks_that_differ_are_refused_on_all_of_them(place: Path):
     """Options first; then what the files hold, whatever their paths are called."""
     ranks = both(place, ("--lr=0.01",), (), ("--lr=0.02", "--seed=7", "--max_steps=3"))
@@ -169,18 +177,31 @@ def test_ranks_that_differ_are_refused_on_all_of_them(place: Path):
     rows = (place / "data.jsonl").read_text().splitlines(keepends=True)
     (own / "rows.jsonl").write_text("".join(rows))
     same = (f"--model_name={own / 'model'}", f"--dataset={own / 'rows.jsonl'}")
-    ranks = both(place, (f"--output_dir={place / 'same'}",), (), same)
+    saves = (f"--output_dir={place / 'same'}", "--save_model=true")
+    ranks = both(place, saves, (), same)
     assert [rank.wait() for rank in ranks] == [DONE, DONE], ranks[1].err
+    first, other = place / "same", own / "adapter"  # as after a fetch of a name that has moved on
+    shutil.copytree(first, other)
+    change(other / "adapter_model.safetensors")
+    begun = [(f"--init_adapter={path}",) for path in (first, other)]
+    for rank in both(place, (f"--output_dir={place / 'begun'}",), *begun):
+        assert rank.wait(30) == INPUT
+        assert "differ in init_adapter; start" in rank.err.splitlines()[0]
     (own / "rows.jsonl").write_text("".join(rows[1::-1] + rows[2:-8]))
-    (file,) = (own / "model").glob("*.safetensors")
-    content = bytearray(file.read_bytes())
-    last = max(files.read_header(file).values(), key=lambda ref: ref.nbytes)
-    content[last.start + last.nbytes - 1] ^= 1
-    file.write_bytes(content)
+    change(*(own / "model").glob("*.safetensors"))
     ranks = both(place, ("--max_steps=-1",), (), same)
     for rank in ranks:
         assert rank.wait(30) == INPUT
         assert "differ in base_samples, rows, tokens, steps; start" in rank.err.splitlines()[0]
+
+
+def test_a_library_that_only_some_hosts_have_is_a_difference():
+    """Their layers would compute otherwise: --liger auto goes by what is installed."""
+    name = "version of liger-kernel"
+    for every in (({name: "0.8.5"}, {}), ({}, {name: "0.8.5"})):
+        with pytest.raises(UserError, match=rf"differ in {name}; start all with") as caught:
+            meeting.compare(every, ("a", "b"))
+        assert sorted(re.findall("none|0.8.5", caught.value.__notes__[1])) == ["0.8.5", "none"]
 
 
 def without_disk(argv, **more) -> int:
