@@ -60,8 +60,7 @@ class Routing:
         self.num, self.top = len(places), experts_MK.shape[1]
         sorted_S, self.order = places[experts_MK].flatten().sort(stable=True)
         self.tokens = self.order // self.top
-        bounds = torch.arange(self.num + 1, device=places.device)
-        self.starts = torch.searchsorted(sorted_S, bounds)
+        self.starts = torch.searchsorted(sorted_S, torch.arange(self.num + 1, device=places.device))
 
     @cached_property
     def _bounds(self) -> list[int]:
@@ -71,8 +70,8 @@ class Routing:
     def _tiles(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """Of as many tiles as there can be: expert (E: no more) and first row, see the kernel."""
         num_tiles = (self.starts.diff() + TILE_ROWS - 1) // TILE_ROWS
-        ends, most = num_tiles.cumsum(0), -(-len(self.order) // TILE_ROWS) + self.num
-        tiles = torch.arange(most, device=ends.device)
+        ends = num_tiles.cumsum(0)
+        tiles = torch.arange(-(-len(self.order) // TILE_ROWS) + self.num, device=ends.device)
         expert = torch.searchsorted(ends, tiles, right=True)
         own = expert.clamp(max=self.num - 1)
         row = self.starts[own] + (tiles - (ends - num_tiles)[own]) * TILE_ROWS
@@ -440,6 +439,7 @@ def pair_of_one(linear: Linear, num: int, a_RI: Tensor, b_OR: Tensor) -> tuple[T
         A [R, I] and B [O, R].
     """
     _, number, part = linear.expert or ("", 0, 0)
-    b_OR, rows = b_OR.view(len(b_OR), -1, num)[..., number], linear.out_features
+    b_OR = b_OR.view(len(b_OR), -1, num)[..., number]
+    rows = linear.out_features
     b_OR = b_OR[rows:] if part == 1 and len(b_OR) > rows else b_OR[:rows]
     return a_RI.view(num, -1, a_RI.shape[1])[number], b_OR

@@ -151,8 +151,8 @@ def _answers(
     model: nn.Module, preference: Preference, batches: Sequence[Batch], device: torch.device
 ) -> list[tuple[Answers, Tensor]]:
     """The answers in each batch, and the summed cross entropy of the chosen rows."""
-    groups = [_group(batch, device) for batch in batches]
-    found, made = _single_losses(model, groups, preference), []
+    found = _single_losses(model, [_group(batch, device) for batch in batches], preference)
+    made = []
     for batch, losses_N, by_base_N in zip(batches, *found, strict=True):
         losses_N = _whole(model, batch, losses_N)
         by_base_N = by_base_N if by_base_N is None else _whole(model, batch, by_base_N)
@@ -161,8 +161,7 @@ def _answers(
         parts, length = losses_N.split(sides.counts), torch.tensor(sides.counts).float()
         nll = torch.stack([losses_N.sum() * 0, *(part.sum() for part in parts[::2])]).sum()
         if sides.is_answer is not None:
-            is_answer_N = _to_device(sides.is_answer, device)
-            parts = (losses_N * is_answer_N).split(sides.counts)
+            parts = (losses_N * _to_device(sides.is_answer, device)).split(sides.counts)
             length = torch.stack([p.sum() for p in sides.is_answer.split(sides.counts)]).float()
         policy_R = -torch.stack([part.sum() for part in parts] or [losses_N.sum()])[: len(parts)]
         reference_R = torch.zeros_like(policy_R)
@@ -296,7 +295,8 @@ def are_rows_apart(model: nn.Module, world: World) -> bool:
     # Llama 4 scales queries by their place in the sequence, from the 8192nd on.
     if getattr(model.get_submodule("decoder").config, "attn_temperature_tuning", False):
         return False
-    ids, rows = _trial_ids(model).to(world.device), RowBounds.of(SHORT_ROWS, world.device)
+    ids = _trial_ids(model).to(world.device)
+    rows = RowBounds.of(SHORT_ROWS, world.device)
     positions = torch.arange(SHORT_ROWS[1], device=world.device)
     with evaluating(model):
         alone = model(ids[:, SHORT_ROWS[0] :], head.Targets(positions, None)).float()
@@ -358,7 +358,8 @@ def can_share_prompts(model: nn.Module, world: World) -> bool:
     vocab_size = model.get_parameter("head.weight").shape[0]
     ids = random.integers(vocab_size, size=second, dtype=np.int32)
     pair = Sample(ids, np.arange(second) >= SHORT_ROWS[0], SHORT_ROWS[0], first)
-    laid, found = (flatten(pair.rows(), 8), branch([pair], 8, learns_prompt=False)), list[Tensor]()
+    laid = flatten(pair.rows(), 8), branch([pair], 8, learns_prompt=False)
+    found = list[Tensor]()
     with evaluating(model), visit.may_refuse():  # a model may know no branches
         is_exact = joins_exactly(world.device, cast(skeleton.QuantizedModel, model).kernels.dtype)
         for group in (_group(batch, world.device) for batch in laid if is_exact):
@@ -368,8 +369,7 @@ def can_share_prompts(model: nn.Module, world: World) -> bool:
     if len(found) < 2:
         return world.sum(1.0) == 0
     parts = _errors(found[1], found[0]).split((SHORT_ROWS[1], 5))
-    worst = max(part.median().item() for part in parts)
-    return world.sum(float(worst > MOST_ROW_ERROR)) == 0
+    return world.sum(float(max(part.median().item() for part in parts) > MOST_ROW_ERROR)) == 0
 
 
 def _trial_ids(model: nn.Module) -> Tensor:
@@ -380,8 +380,7 @@ def _trial_ids(model: nn.Module) -> Tensor:
 
 def _errors(found_NV: Tensor, wanted_NV: Tensor) -> Tensor:
     """How far the logits of each token are off, as a share of their distance to a neighbour's."""
-    apart_NV = wanted_NV - wanted_NV.roll(1, 0)
-    return (found_NV - wanted_NV).norm(dim=1) / apart_NV.norm(dim=1)
+    return (found_NV - wanted_NV).norm(dim=1) / (wanted_NV - wanted_NV.roll(1, 0)).norm(dim=1)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
