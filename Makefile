@@ -1,6 +1,7 @@
 # make quickstart   install, fetch a small model and data, fine-tune it
 # make test         install if needed, run the tests (ARGS="-k name" for some of them)
 # make test-system  the tests that need root, the network, or more than Python (.ci/run installs it)
+# make system       install what test-system needs besides
 # make check        style, format and types
 # make soak         kill a run at random for ten minutes, and compare (ARGS="--hosts 2": over two)
 # make bench-peers  measure ours against TRL + PEFT + accelerate, in turn (ARGS="--arms ours,trl_fsdp2")
@@ -33,7 +34,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 endif
 endif
 
-.PHONY: help venv test test-system check lint quickstart bench-peers bench-7b bench-70b bench-small soak clean
+.PHONY: help venv test system test-system check lint quickstart bench-peers bench-7b bench-70b bench-small soak clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -58,10 +59,15 @@ test: venv
 	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --ignore=tests/system $(ARGS)
 
 # Triton lies beside the environment: what else is tested must not depend on it.
-test-system: venv
+system: $(VENV)/.system
+
+$(VENV)/.system: $(VENV)/.installed
 	@$(PIP) --target $(VENV)/triton --upgrade --no-deps triton
-	@PYTHONPATH=$(VENV)/triton REQUIRE_TRITON=1 $(BIN)/python -m pytest -n 0 $(KERNEL_TESTS) $(ARGS)
 	@$(PIP) --editable '.[ray]'
+	@touch $@
+
+test-system: system
+	@PYTHONPATH=$(VENV)/triton REQUIRE_TRITON=1 $(BIN)/python -m pytest -n 0 $(KERNEL_TESTS) $(ARGS)
 	@$(BIN)/python -m pytest -n 0 tests/system $(ARGS)
 
 check: venv

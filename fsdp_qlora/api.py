@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,4 +262,5 @@ def _keep_rows(rows: Iterable[Mapping[str, Any]]) -> Path:
     data = text.encode()
     path = atomic.cache_dir() / "rows" / f"{hashlib.sha256(data).hexdigest()[:32]}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path if path.exists() else atomic.write(path, data)
+    with tempfile.TemporaryDirectory(dir=path.parent) as own:  # ranks of a group all write
+        return path if path.exists() else atomic.write(Path(own, path.name), data).replace(path)

@@ -599,6 +599,5 @@ def set_record_aside(run_dir: Path) -> None:
 def _record(run_dir: Path) -> list[Path]:
     """The files of a run that are no checkpoint and no result."""
     paths = [run_dir / name for name in (CONFIG, METRICS, SUMMARY, *REPORTS, *DRAFTS)]
-    logs = (run_dir / LOGS).glob("*rank*")
-    paths += [path for path in logs if RANK_FILE.fullmatch(path.name)]
+    paths += [p for p in (run_dir / LOGS).glob("*rank*") if RANK_FILE.fullmatch(p.name)]
     return [path for path in paths if path.is_file() or path.is_symlink()]

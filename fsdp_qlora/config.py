@@ -110,8 +110,7 @@ FEWEST_ROWS, MOST_HELD_OUT = 100, 100  # of `eval_split` auto
 
 def hqq_name(bits: int, group_size: int, axis: int) -> str:
     """Return the name of an HQQ format: "hqq4", "hqq3_g128", "hqq4_a0"."""
-    group = "" if group_size == 64 else f"_g{group_size}"
-    return f"hqq{bits}{group}" + ("" if axis else "_a0")
+    return f"hqq{bits}" + f"_g{group_size}" * (group_size != 64) + "_a0" * (not axis)
 
 
 HQQ_FORMATS = {hqq_name(*row): row for row in itertools.product(HQQ_BITS, GROUP_SIZES, HQQ_AXES)}
@@ -645,8 +644,7 @@ def _written(cfg: TrainConfig, values: Mapping[str, Any]) -> list[UserError]:
             faults += [fault] * (name in (*HOME_PATHS, "sample_prompts"))
         if redact(text) != text:  # every option stands in the record of the run
             rule = "looks like a secret, and would be stored in the record of the run"
-            remedy = "set HF_TOKEN, or run hf auth login"
-            faults.append(UserError(f"--{name} {text}", rule, remedy))
+            faults.append(UserError(f"--{name} {text}", rule, "set HF_TOKEN, or run hf auth login"))
     return faults
 
 

@@ -392,10 +392,12 @@ def do_tasks(kind: str, *tasks: str) -> None:
 
 
 def dtype_of(device: "torch.device") -> "torch.dtype":
-    """What a run would compute in: bfloat16, or float16 on GPUs without matmuls of it."""
+    """What a run would compute in: bfloat16, or float16 on GPUs, float32 on CPUs without it."""
     import torch
 
-    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < FIRST_WITH_BF16
+    if device.type == "cpu":
+        return torch.bfloat16 if hardware.own_cpu().has_bf16 else torch.float32
+    is_old = torch.cuda.get_device_capability(device) < FIRST_WITH_BF16
     return torch.float16 if is_old else torch.bfloat16
 
 

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -175,6 +176,11 @@ def is_memory(error: BaseException) -> bool:
     return name in ("OutOfMemoryError", "MemoryError")
 
 
+def resume_of(run_dir: object) -> str:
+    """Write the option that goes on with a run, for a shell."""
+    return f"--resume {shlex.quote(str(run_dir))}"
+
+
 class Stopped(KeyboardInterrupt):
     """A rank leaves because a signal asked for it.
 
@@ -191,4 +197,4 @@ class Stopped(KeyboardInterrupt):
     def __str__(self) -> str:
         """One line for the user."""
         name = signal.Signals(self.code - SIGNALED).name
-        return f"stopped by {name}; --resume {self.run_dir} goes on"
+        return f"stopped by {name}; {resume_of(self.run_dir)} goes on"

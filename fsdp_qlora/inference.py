@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fsdp_qlora import arch, atomic, cli, config
+from fsdp_qlora import arch, atomic, cli, config, hardware
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line_of, refuse
@@ -195,7 +195,8 @@ def config_of(adapter: Path | None, flags: list[str]) -> config.TrainConfig:
 
     Args:
         adapter: directory with adapter_config.json, and run_config.json if train.py made it; None
-            for a model by itself, which is computed in 16 bit, as it is stored.
+            for a model by itself, which is computed in 16 bit, as it is stored, or, on a CPU
+            without bfloat16, in 32.
         flags: of train.py; they stand above what the directory says.
 
     Returns:
@@ -206,6 +207,8 @@ def config_of(adapter: Path | None, flags: list[str]) -> config.TrainConfig:
     """
     known: dict[str, Any] = {"train_type": "lora"}
     known = adapter_files.options(adapter_files.read(adapter)) if adapter is not None else known
+    if not hardware.count_gpus(os.environ) and not hardware.own_cpu().has_bf16:
+        known = {"precision": "fp32"} | known
     given = config.parse(flags)
     known |= {name: getattr(given, name) for name in config.given(flags)}
     known |= {"output_dir": str(adapter or "output"), "fit": "off"}
@@ -275,8 +278,9 @@ def open_run(adapter: Path | None, cfg: config.TrainConfig, any_base: bool = Fal
     own = child_env(os.environ, 0, 1, find_port(None)) if is_one else rank_env(os.environ, cfg)
     before = dict(os.environ)
     os.environ.update(own)
-    from fsdp_qlora.distributed import world as worlds
-    from fsdp_qlora.model.load import build
+    with cli.Progress("imports libraries", is_silent=os.environ["RANK"] != "0"):
+        from fsdp_qlora.distributed import world as worlds
+        from fsdp_qlora.model.load import build
 
     try:
         world = worlds.join()

@@ -31,8 +31,9 @@ def run(plan: plans.RunPlan, world, given: frozenset[str], saved=None, poll: Pol
         saved: the checkpoint that is resumed, as rank 0 has read it; None: the run starts anew.
         poll: called after each step.
     """
-    from fsdp_qlora import data
-    from fsdp_qlora.training import checkpoint, evaluate, loop, memory_probe, metrics
+    with cli.Progress("imports libraries", is_silent=world.rank > 0):
+        from fsdp_qlora import data
+        from fsdp_qlora.training import checkpoint, evaluate, loop, memory_probe, metrics
 
     cfg, is_writer, out_dir = plan.cfg, world.rank == 0, plan.cfg.resolved_output_dir
     dataset = world.each(lambda: data.build(cfg, plan.info, world))
@@ -155,8 +156,8 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
     Returns:
         The configuration that was gone by.
     """
-    from fsdp_qlora.distributed import world as worlds
-
+    with cli.Progress("imports torch", is_silent=os.environ.get("RANK", "0") != "0"):
+        from fsdp_qlora.distributed import world as worlds
     cfg, plan, place, peers = config.place(argv), None, None, None
     try:
         known = worlds.of_process_group()

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
 import fsdp_qlora
+from fsdp_qlora import api
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.errors import UserError
 from tests import warm
@@ -150,3 +152,14 @@ def test_a_loaded_model_answers_as_the_command_generate_does(place, monkeypatch)
     asked = [warm.start([*words, *row], place, warm.command) for row in rows[1:3]]
     assert [(run.wait(), run.out) for run in asked] == [(0, f"{text}\n") for text in answers[1:3]]
     assert any(answers)
+
+
+def test_ranks_of_a_group_keep_the_same_rows_at_the_same_time(tmp_path, monkeypatch):
+    """Each has the whole file as soon as it has the path, whatever the others do."""
+    monkeypatch.setenv("FSDP_QLORA_CACHE", str(tmp_path))
+    for number in range(5):
+        rows = [{"text": f"row {number}, {i}"} for i in range(2000)]
+        with ThreadPoolExecutor(8) as ranks:
+            texts = ranks.map(lambda _, rows=rows: api._keep_rows(rows).read_text(), range(8))
+            assert all([*map(json.loads, text.splitlines())] == rows for text in texts)
+    assert len([*(tmp_path / "rows").iterdir()]) == 5  # nothing else is left

@@ -236,7 +236,8 @@ def test_caches_are_listed_and_cleared_unless_a_run_uses_them(tmp_path: Path, ca
     atomic.write_sealed(tmp_path / names[0] / "manifest.json", {"model": "/models/llama"})
     atomic.write_sealed(tmp_path / names[1] / "facts.json", {"facts": {"files": ["a.jsonl"]}})
     (tmp_path / f".{names[0]}.lock").touch()
-    os.utime(tmp_path / f".{names[0]}.lock", (86400 * 365, 86400 * 365))
+    noon_s = 86400 * 365.5  # the same day in all zones
+    os.utime(tmp_path / f".{names[0]}.lock", (noon_s, noon_s))
 
     def cache(*argv: str) -> list[str]:
         fetch.cache([*argv, f"--dir={tmp_path}"])

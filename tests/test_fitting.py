@@ -122,7 +122,8 @@ def test_ranks_that_run_out_in_the_memory_probe_train_a_notch_lower(tmp_path: Pa
 
 def test_the_plan_foretells_the_memory_of_two_cpu_ranks(tmp_path: Path, wide: Path):
     """Every host row over 0.5 GiB in every phase: 15 percent more at most, 20 less (what the
-    allocator gives back before a save differs); the peak within 15.
+    allocator gives back before a save differs), 35 in the fp32 of a CPU without bfloat16; the peak
+    within 15.
     """
     more = ("--batch_size=8", "--context_length=256", "--use_gradient_checkpointing=false")
     code, out, err = run(tmp_path, TRAIN, *flags(wide, tmp_path / "out", *more, "--max_steps=2"))
@@ -130,13 +131,13 @@ def test_the_plan_foretells_the_memory_of_two_cpu_ranks(tmp_path: Path, wide: Pa
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     planned, measured = summary["plan"]["host"], summary["ledger"]["host"]
     assert planned.keys() == measured.keys() == set(names.PHASES)
-    large = 0
+    large, least = 0, 0.8 if hardware.own_cpu().has_bf16 else 0.65
     for phase in names.PHASES:
         for row in {*planned[phase], *measured[phase]} - {names.SYSTEM}:
             pair = planned[phase].get(row, 0.0), measured[phase].get(row, 0.0)
             if max(pair) > 0.5:
                 large += 1
-                assert 0.8 * pair[0] < pair[1] < 1.15 * pair[0], (phase, row, pair)
+                assert least * pair[0] < pair[1] < 1.15 * pair[0], (phase, row, pair)
     assert large >= 8
     peaks = [max(sum(rows.values()) for rows in table.values()) for table in (planned, measured)]
     assert peaks[1] == pytest.approx(peaks[0], rel=0.15)

@@ -78,6 +78,21 @@ def test_the_driver_reports_what_a_name_does_not(driver):
     assert [math.isinf(gpu.memory_gib) for gpu in hardware.find_gpus()] == [True]
 
 
+AVX2, AVX512 = "flags\t\t: fpu avx2 f16c", "flags\t\t: avx2 avx512dq avx512bw avx512vl"
+PROCESSORS = {AVX2: False, AVX512: True, f"{AVX2} avx_ne_convert": True, "": True}
+PROCESSORS |= {"Features\t: fp asimd i8mm bf16": True, "Features\t: fp asimd": False}
+
+
+def test_a_processor_has_bfloat16_where_torch_multiplies_it_by_instructions(monkeypatch):
+    import torch
+
+    assert hardware.own_cpu().has_bf16 == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for words, has_bf16 in PROCESSORS.items():
+        text = f"processor\t: 0\n{words}\nbugs\t\t: spectre_v1\n"
+        monkeypatch.setattr(hardware, "_read", lambda path, text=text: text)
+        assert hardware.own_cpu.__wrapped__().has_bf16 == has_bf16
+
+
 def test_a_machine_without_a_driver_has_no_gpu_and_a_broken_driver_is_named(driver, monkeypatch):
     """No library, no driver: nothing is said. A driver that does not answer: code 3."""
     monkeypatch.setattr(hardware, "DRIVERS", ())

@@ -18,6 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 from fsdp_qlora import inference, load_model
+from fsdp_qlora.distributed import launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
 from fsdp_qlora.export import commands
@@ -158,6 +159,21 @@ def test_two_ranks_give_the_answer_of_the_trained_model_once(finished):
     done = run("generate", *flags, "--world_size=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == answer_of(finished) != ""
+
+
+def test_what_is_imported_for_long_is_shown(finished):
+    """A line comes when it takes longer than LINE_S, as a bar does on a terminal."""
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    rank["MASTER_PORT"] = str(launch.find_port(None))
+    asked = ["generate", f"--adapter={finished}", "--prompt=x", "--num_tokens=1"]
+    rows, out = finished.parent / "rows.jsonl", finished.parent / "imports"
+    trained = ["train", f"--model_name={BASE}", f"--dataset={rows}", "--max_steps=1"]
+    for argv, env in (asked, {}), ([*trained, "--save_model=false", f"--output_dir={out}"], rank):
+        program = f"from fsdp_qlora import __main__, cli\ncli.LINE_S = 0.1\n__main__.main({argv})"
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+        assert done.returncode == DONE and "imports libraries" in done.stderr, done.stderr
+        assert ("imports torch" in done.stderr) == bool(env)
 
 
 def test_a_conversation_is_drawn_by_its_seed_and_ends_with_an_empty_line(finished):

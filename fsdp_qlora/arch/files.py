@@ -592,8 +592,7 @@ def stored_as(config: dict, model_name: str) -> Stored:
     others = set() if is_pair else {f"blocks of {sizes}"}
     if method == COMPRESSED:
         every = found, _dict(found.get("sparsity_config")), *groups
-        forms = {str(at.get("format") or "dense") for at in every}
-        others |= forms - {*CODED.split()}
+        others |= {str(at.get("format") or "dense") for at in every} - {*CODED.split()}
         others |= {"transform_config"} if found.get("transform_config") else set()
     if method in (MXFP4, COMPRESSED, "fp8", "fbgemm_fp8") and not others:
         return Stored(method, (sizes[0], sizes[1]))
@@ -624,8 +623,7 @@ def fold(tensors: Refs, stored: Stored, model_name: str) -> Folded:
     """
     if stored.whole:
         return _fold_bnb(tensors, stored.whole, model_name)
-    split = (_fold_scaled, _split_blocks)[stored.method == MXFP4]
-    folded, quantized = split(tensors, stored)
+    folded, quantized = (_fold_scaled, _split_blocks)[stored.method == MXFP4](tensors, stored)
     others = [n for n, ref in folded.items() if n not in quantized and ref.dtype not in ITEM_BYTES]
     refuse({f"no part of a weight as {stored.method} has it": others}, model_name, ORIGINAL)
     return folded, quantized

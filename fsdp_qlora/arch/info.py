@@ -423,8 +423,7 @@ class ModelInfo:
 
     def formats(self, format_name: str) -> str:
         """The formats of the linears where a run has `format_name`: "nf4_dq + mxfp4"."""
-        own = {linear.format for linear in self.linears} - {""}
-        return " + ".join([format_name, *sorted(own)])
+        return " + ".join([format_name, *sorted({x.format for x in self.linears} - {""})])
 
     def outer_name(self, name: str, is_whole: bool = True) -> str:
         """What transformers calls a module or parameter, in a wrapper where the model is of one.
@@ -773,8 +772,7 @@ def _check_values(config: dict[str, Any]) -> None:
         value = config.get(key)
         is_left_out = value is None and (key not in needed or key not in config)
         if not is_left_out and not is_good(value):
-            got = f"{key} = {value!r} in config.json"
-            raise UserError(got, f"must be {rule}", OWN_CONFIG)
+            raise UserError(f"{key} = {value!r} in config.json", f"must be {rule}", OWN_CONFIG)
     pad, rows = config.get("pad_token_id"), config.get("vocab_size")
     if type(pad) is int and type(rows) is int and not -rows <= pad < rows:
         rule = f"the embedding has {rows} rows"

@@ -167,7 +167,7 @@ def end_without(lost: list[int], rule: str, out_dir: Path, rank: int, hosts: lis
     """
     remedies = "no step is saved on this host", "start the run again"
     if (saved := checkpoint_store.latest(out_dir)) is not None:
-        remedies = f"step {saved.step} is saved", f"continue with --resume {out_dir}"
+        remedies = f"step {saved.step} is saved", f"continue with {errors.resume_of(out_dir)}"
     line = _line(", ".join(f"{hosts[i]} (rank {i})" for i in lost), rule, *remedies)
     with suppress(OSError), (out_dir / LOGS / f"rank{rank}.log").open("a") as log:
         faulthandler.dump_traceback(log)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fsdp_qlora import arch, checkpoint_store, cli, hardware
+from fsdp_qlora import arch, checkpoint_store, cli, errors, hardware
 from fsdp_qlora.arch.targets import find_targets
 from fsdp_qlora.config import PROJECT_DIR, STRATEGIES, TrainConfig
 from fsdp_qlora.distributed import exit_report, hooks
@@ -546,7 +546,9 @@ def _run(attempt: Attempt, stops: Sequence[int]) -> ExitReport:
         watch = Watch(board.fileno(), cfg.hang_timeout)
         ended = run_ranks(specs, attempt.start, stops, watch, attempt.poll)
     saved = None if ended.is_done else checkpoint_store.latest(output_dir)
-    how_to_resume = f"continue with --resume {output_dir}" if saved and saved.is_finite else ""
+    how_to_resume = f"continue with {errors.resume_of(output_dir)}" * bool(
+        saved and saved.is_finite
+    )
     num_kills = hardware.oom_kills(cgroup) - num_kills
     return exit_report.diagnose_exit(ended, output_dir, how_to_resume, num_kills, plan)
 

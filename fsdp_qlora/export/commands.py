@@ -198,9 +198,10 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
     if options.base == "dequantized" and format_name is None:
         rule = "the adapter does not tell what its base was quantized to"
         raise UserError("--base dequantized", rule, f"add --format: {' '.join(FORMATS)}")
-    import torch
+    with cli.Progress("imports libraries"):
+        import torch
 
-    from fsdp_qlora.export import model_files, new_weights
+        from fsdp_qlora.export import model_files, new_weights
 
     device, dtype = _choose_device(options.device), getattr(torch, DTYPES[options.dtype])
     compute = getattr(torch, str(adapter.record.get("compute_dtype") or "bfloat16"))
@@ -233,11 +234,10 @@ def _merge(options: MergeOptions, adapter: SavedAdapter, info: arch.ModelInfo) -
         result_base = new_weights.TrainedBase(result, no_more, compute, device)
         evidence = new_weights.check(seen, result_base, options)
         facts: dict[str, Any] = {"adapter": str(adapter.path), "base": str(info.path)}
-        facts["base_digest"] = info.digest(1)
-        facts["added_to"] = "dequantized" if is_dequantized else "16bit"
-        facts |= {"trained_over": format_name, "packed_bytes": seen.note, "dtype": options.dtype}
-        facts["num_merged"] = len(adapter.pairs) + len(adapter.experts)
-        facts |= {"num_replaced": len(adapter.replaced), "device": device.type}
+        facts |= {"base_digest": info.digest(1), "trained_over": format_name}
+        facts |= {"added_to": "dequantized" if is_dequantized else "16bit", "dtype": options.dtype}
+        facts |= {"packed_bytes": seen.note, "num_replaced": len(adapter.replaced)}
+        facts |= {"num_merged": len(adapter.pairs) + len(adapter.experts), "device": device.type}
         facts |= {"versions": hardware.versions(device), **written, "evidence": evidence}
         atomic.write_json(draft / "merge.json", facts)
     print(new_weights.lines(evidence))
@@ -263,10 +263,11 @@ def quantize(argv: list[str]) -> int:
     if any(ref.joint for ref in info.tensors.values()):
         rule = "holds the experts of a layer in one tensor, which transformers keeps in 16 bit"
         raise UserError(str(options.model_name), rule, "train on it as it is")
-    from transformers import BitsAndBytesConfig
+    with cli.Progress("imports libraries"):
+        from transformers import BitsAndBytesConfig
 
-    from fsdp_qlora.export import model_files, new_weights
-    from fsdp_qlora.model.weights import DTYPES as STORED
+        from fsdp_qlora.export import model_files, new_weights
+        from fsdp_qlora.model.weights import DTYPES as STORED
 
     num_linear = sum(n.num_weights for kind in info.by_layer for n in kind.linears)
     out = Path(str(options.out))
@@ -317,7 +318,8 @@ def expand(argv: list[str]) -> int:
         rule = f"makes {num_new} new layers, and there are {info.num_layers} to stand behind"
         remedy = f"take from {1 / info.num_layers:.3g} to 1"
         raise UserError(f"--expansion_rate {rate:g}", rule, remedy)
-    from fsdp_qlora.export import model_files, new_weights
+    with cli.Progress("imports libraries"):
+        from fsdp_qlora.export import model_files, new_weights
 
     assert info.path is not None
     added = new_layers(info.num_layers, num_new) if num_new else ()

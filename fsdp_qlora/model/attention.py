@@ -304,8 +304,7 @@ def attend(module, query, key, value, attention_mask, has_masks=False, **kwargs)
     if query.device.type == "cpu":  # its kernel wants as many key heads as query heads
         num_groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(num_groups, 1) for t in (key, value))
-    out = _run(query, key, value, scale, kernel, saved)
-    return out.transpose(1, 2).contiguous(), None
+    return _run(query, key, value, scale, kernel, saved).transpose(1, 2).contiguous(), None
 
 
 def _attend_rows(query, key, value, kwargs: dict, bounds, saved) -> torch.Tensor:
@@ -571,8 +570,7 @@ def _varlen_backward(
         _parts(lengths, query, key, value, out, grad_out), sums, strict=True
     ):
         rest = (q, k, v, o, s[None].contiguous())
-        mask = _mask(rest, is_causal, window)
-        found.append(_cpu_backward(g, *rest, **mask, scale=scale))
+        found.append(_cpu_backward(g, *rest, **_mask(rest, is_causal, window), scale=scale))
     return tuple(
         torch.cat([g[0].transpose(0, 1) for g in grads]) for grads in zip(*found, strict=True)
     )

@@ -96,8 +96,7 @@ class Graphs:
                 others = 3 + len(list(body.layer.parameters()))
                 self._weights = self._weights or [t.clone() for t in found[1:others]]
                 inputs = [found[0].clone(), *self._weights, *(t.clone() for t in found[others:])]
-            run = _template(body, inputs, args, kwargs)
-            return self._record(run, inputs, body)
+            return self._record(_template(body, inputs, args, kwargs), inputs, body)
         except RuntimeError as error:
             self.failure = str(error).splitlines()[0]
             return None

@@ -60,8 +60,7 @@ class Routing:
         self.num, self.top = len(places), experts_MK.shape[1]
         sorted_S, self.order = places[experts_MK].flatten().sort(stable=True)
         self.tokens = self.order // self.top
-        bounds = torch.arange(self.num + 1, device=places.device)
-        self.starts = torch.searchsorted(sorted_S, bounds)
+        self.starts = torch.searchsorted(sorted_S, torch.arange(self.num + 1, device=places.device))
 
     @cached_property
     def _bounds(self) -> list[int]:
@@ -72,8 +71,7 @@ class Routing:
         """Of as many tiles as there can be: expert (E: no more) and first row, see the kernel."""
         num_tiles = (self.starts.diff() + TILE_ROWS - 1) // TILE_ROWS
         ends = num_tiles.cumsum(0)
-        most = -(-len(self.order) // TILE_ROWS) + self.num
-        tiles = torch.arange(most, device=ends.device)
+        tiles = torch.arange(-(-len(self.order) // TILE_ROWS) + self.num, device=ends.device)
         expert = torch.searchsorted(ends, tiles, right=True)
         own = expert.clamp(max=self.num - 1)
         row = self.starts[own] + (tiles - (ends - num_tiles)[own]) * TILE_ROWS

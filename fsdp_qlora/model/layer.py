@@ -154,8 +154,7 @@ class SharedStates:
         """
         self._kwargs = kwargs
         self._key = next((k for k, v in kwargs.items() if isinstance(v, UserDict)), None)
-        before = dict(kwargs[self._key]) if self._key else {}
-        self.tensors, self._spec = pytree.tree_flatten(before)
+        self.tensors, self._spec = pytree.tree_flatten(dict(kwargs[self._key]) if self._key else {})
         self._given: dict[str, Any] = {}
         self._written: Any = None  # names and structure of what the layer writes
         self._is_tuple = False

@@ -144,8 +144,7 @@ class LoraMatmul(torch.autograd.Function):
         grad_a = grad_hidden_MR.t() @ _flat(seen)
         grad_seen = None
         if ctx.dropout and grad_x is not None:
-            own = (grad_hidden_MR @ a_RI).view_as(seen)
-            grad_x += torch.autograd.grad(seen, x, own)[0]
+            grad_x += torch.autograd.grad(seen, x, (grad_hidden_MR @ a_RI).view_as(seen))[0]
         elif ctx.has_own_input:
             if ctx.needs_input_grad[1]:
                 grad_seen = (grad_hidden_MR @ a_RI).view_as(seen)
@@ -287,8 +286,7 @@ def row_norms(squares_O, weight_a_OR, a_RI, b_OR, scale: float) -> torch.Tensor:
 
 
 def _rescaled(z_MO, bias_O, change_O, square_O, norm_O) -> torch.Tensor:
-    gain_O = (square_O.sqrt() - norm_O + change_O.float()) / norm_O
-    return Rescaled.apply(z_MO, gain_O, bias_O)
+    return Rescaled.apply(z_MO, (square_O.sqrt() - norm_O + change_O.float()) / norm_O, bias_O)
 
 
 Dequantize = Callable[[torch.dtype], torch.Tensor]

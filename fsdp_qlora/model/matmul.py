@@ -160,8 +160,7 @@ def input_gradient(grads_MO: Sequence[torch.Tensor], linears: Sequence[Any]) -> 
     grad_MO = grads_MO[0] if len(grads_MO) == 1 else torch.cat(list(grads_MO), 1)
     pair = quantize_rows(grad_MO, weight.code, weight.scales_O)
     codes_IO = weight_codes(weight, True)
-    ones_I = torch.ones(len(codes_IO), device=codes_IO.device)
-    return multiply(pair, (codes_IO, ones_I), False)
+    return multiply(pair, (codes_IO, torch.ones(len(codes_IO), device=codes_IO.device)), False)
 
 
 def quantize_rows(x_MI: torch.Tensor, code: Code, factors_I: torch.Tensor | None = None) -> Pair:

@@ -455,5 +455,4 @@ def _num_in_memory(
 
 def _note(names: Sequence[str], why: str) -> str:
     counts = {name: names.count(name) for name in PLACEMENTS if name in names}
-    parts = [f"{count} layers {PLACEMENTS[name]}" for name, count in counts.items()]
-    return ", ".join(parts) + why
+    return ", ".join(f"{num} layers {PLACEMENTS[name]}" for name, num in counts.items()) + why

@@ -48,8 +48,7 @@ def _dequantize_hqq(quantized, constants, shape, dtype, out=None, *, storage) ->
         kernels.dequantize_hqq(words, zero, scale, out, bits, storage.axis, math_dtype)
         return out.view(*shape)
     zero, scale = (part.unsqueeze(storage.axis) for part in constants)
-    values = _values(words, bits, math_dtype)[:rows]
-    return values.sub_(zero).mul_(scale).view(*shape).to(dtype)
+    return _values(words, bits, math_dtype)[:rows].sub_(zero).mul_(scale).view(*shape).to(dtype)
 
 
 def _values(words: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
@@ -291,8 +290,7 @@ def from_scaled(parts: Fields, shape: Sequence[int], block: tuple[int, int]) -> 
 def _unpacked(words: torch.Tensor, bits: int, cols: int) -> torch.Tensor:
     """The numbers of the rows of int32 words, from 0 on, int32."""
     shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
-    values = (words.unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1)
-    return values.flatten(1)[:, :cols]
+    return (words.unsqueeze(-1) >> shifts).bitwise_and_((1 << bits) - 1).flatten(1)[:, :cols]
 
 
 def _spread(part, order, shape: Sequence[int], block: tuple[int, int]) -> torch.Tensor:

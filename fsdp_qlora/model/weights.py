@@ -402,8 +402,7 @@ class QuantizedCache:
         every = [every[peer] for peer in world.peers]
         made = {layer: digest for _, part in every for layer, digest in part.items()}
         if self.is_complete and made:
-            numbers = ", ".join(map(str, sorted(made)))
-            self.note += f"; damaged and made again: layers {numbers}"
+            self.note += f"; damaged and made again: layers {', '.join(map(str, sorted(made)))}"
         self.failure = next((text for text, _ in every if text), "")
         if world.local_rank == 0 and made and not self.failure:
             self._finish(made)

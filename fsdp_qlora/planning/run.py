@@ -3,6 +3,7 @@
 `python -m fsdp_qlora plan` prints it as text of 100 columns or as JSON, train.py a summary of it.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -145,7 +146,7 @@ def find_machine(env: Mapping[str, str], num_ranks: int, num_gpus: int) -> Machi
             found = [dataclasses.replace(gpu, peer_gbs=0.0) for gpu in found]
     cgroup = hardware.find_cgroup()
     limit_gib, used_gib = hardware.host_limit_gib(cgroup), hardware.host_used_gib(cgroup)
-    (cpu,) = hardware.with_measured([hardware.CPU])
+    (cpu,) = hardware.with_measured([hardware.own_cpu()])
     return Machine(tuple(found), limit_gib, num_ranks, used_gib, cpu)
 
 
@@ -184,8 +185,8 @@ def make(
 ) -> RunPlan:
     """Plan a run, and choose what the user has left open.
 
-    GPUs without bfloat16 compute in float16, and the learning rate follows the width of the model,
-    unless the user says otherwise.
+    GPUs without bfloat16 compute in float16, CPUs in float32, and the learning rate follows the
+    width of the model, unless the user says otherwise.
 
     Args:
         info: the model.
@@ -202,10 +203,12 @@ def make(
     """
     sizes.check_context(info, cfg, machine.num_ranks)
     cfg = dataclasses.replace(cfg, lr=learning_rate(cfg, info))
-    why, lacking = "", [gpu.name for gpu in machine.gpus if not gpu.has_bf16]
+    why, lacking = "", [d.name for d in machine.gpus or (machine.cpu,) if not d.has_bf16]
     if lacking and "precision" not in given and cfg.compute_dtype == "bfloat16":
-        cfg = dataclasses.replace(cfg, precision="fp16_autocast")
-        why = f"; precision fp16_autocast, as a {lacking[0]} has no bfloat16"
+        precision, who = ("fp16_autocast", "a") if machine.gpus else ("fp32", "this")
+        with contextlib.suppress(UserError):  # raised by options that need bfloat16
+            cfg = dataclasses.replace(cfg, precision=precision)
+            why = f"; precision {precision}, as {who} {lacking[0]} has no bfloat16"
     own = fit.evaluate(info, cfg, setting_for(info, cfg, machine), machine)
     if refusal := _not_fitted(cfg, given, machine):
         return RunPlan(cfg, cfg, info, machine, (own,), 0, refusal + why)
@@ -398,7 +401,7 @@ def machine_of(gpus: str, options: PlanOptions, cfg: TrainConfig) -> Machine:
     network: dict[str, Any] = {"network_gbs": options.link_gbps / 8}
     named = [dataclasses.replace(gpu, **network) for gpu in found[:num]]
     named = hardware.with_measured(named, options.link)
-    (cpu,) = hardware.with_measured([dataclasses.replace(hardware.CPU, **network)])
+    (cpu,) = hardware.with_measured([dataclasses.replace(hardware.own_cpu(), **network)])
     return Machine(tuple(named), host_gib, num, cpu=cpu, num_machines=options.machines)
 
 

@@ -246,11 +246,12 @@ function tiles() {
 // Of a live page: what models answered, and the last lines of their logs.
 function words() {
   const asked = {}, entry = (title, text) => put("div", {}, put("small", {}, title), put("p", {}, text));
-  for (const run of runs) for (const s of run.samples) (asked[`?${s.prompt}`] ??= [put("p", {className: "prompt"}, s.prompt ?? "")]).push(
-    entry(`${isOne ? "" : `${run.name}, `}${s.when}${s.step ? `, step ${s.step}` : ""}`, s.answer ?? ""), ...(s.expected && s.when === "before" ? [entry("the data", s.expected)] : []));
+  for (const run of runs) for (const s of run.samples) (asked[`?${s.prompt}`] ??= [put("p", {className: "prompt"}, s.prompt ?? ""), ...(s.expected ? [entry("the data", s.expected)] : [])]).push(
+    entry(`${isOne ? "" : `${run.name}, `}${s.when}${s.step ? `, step ${s.step}` : ""}`, s.answer ?? ""));
   byId("live-answers").replaceChildren(...Object.values(asked).map(parts => put("div", {className: "asked"}, ...parts)));
   byId("live-log").replaceChildren(...runs.filter(run => run.log.length).flatMap(run => [put("h3", {}, run.name), put("pre", {}, run.log.join("\n"))]));
-  for (const name of ["answers", "log"]) for (const e of [byId(name).parentNode, document.querySelector(`[href="#${name}"]`)]) e.hidden = !byId(`live-${name}`).firstChild;
+  const isEmpty = {answers: !byId("live-answers").firstChild, memory: !view.place, log: !byId("live-log").firstChild};
+  for (const name in isEmpty) for (const e of [byId(name).parentNode, document.querySelector(`[href="#${name}"]`)]) e.hidden = isEmpty[name];
 }
 
 function refresh() {

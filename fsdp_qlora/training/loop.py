@@ -53,8 +53,7 @@ def train_step(
         sums = sums if own is None else sums + own
         hook("post-forward")
         # FSDP averages gradients over ranks: undo it
-        factor = world.size * weights.copies / weights.num
-        guard.scaled(losses_B * factor).sum().backward()
+        guard.scaled(losses_B * (world.size * weights.copies / weights.num)).sum().backward()
         for loss in losses_B.detach():
             loss_sum += loss
         hook("post-backward")

@@ -151,8 +151,7 @@ def _answers(
     model: nn.Module, preference: Preference, batches: Sequence[Batch], device: torch.device
 ) -> list[tuple[Answers, Tensor]]:
     """The answers in each batch, and the summed cross entropy of the chosen rows."""
-    groups = [_group(batch, device) for batch in batches]
-    found = _single_losses(model, groups, preference)
+    found = _single_losses(model, [_group(batch, device) for batch in batches], preference)
     made = []
     for batch, losses_N, by_base_N in zip(batches, *found, strict=True):
         losses_N = _whole(model, batch, losses_N)
@@ -162,8 +161,7 @@ def _answers(
         parts, length = losses_N.split(sides.counts), torch.tensor(sides.counts).float()
         nll = torch.stack([losses_N.sum() * 0, *(part.sum() for part in parts[::2])]).sum()
         if sides.is_answer is not None:
-            is_answer_N = _to_device(sides.is_answer, device)
-            parts = (losses_N * is_answer_N).split(sides.counts)
+            parts = (losses_N * _to_device(sides.is_answer, device)).split(sides.counts)
             length = torch.stack([p.sum() for p in sides.is_answer.split(sides.counts)]).float()
         policy_R = -torch.stack([part.sum() for part in parts] or [losses_N.sum()])[: len(parts)]
         reference_R = torch.zeros_like(policy_R)
@@ -371,8 +369,7 @@ def can_share_prompts(model: nn.Module, world: World) -> bool:
     if len(found) < 2:
         return world.sum(1.0) == 0
     parts = _errors(found[1], found[0]).split((SHORT_ROWS[1], 5))
-    worst = max(part.median().item() for part in parts)
-    return world.sum(float(worst > MOST_ROW_ERROR)) == 0
+    return world.sum(float(max(part.median().item() for part in parts) > MOST_ROW_ERROR)) == 0
 
 
 def _trial_ids(model: nn.Module) -> Tensor:
@@ -383,8 +380,7 @@ def _trial_ids(model: nn.Module) -> Tensor:
 
 def _errors(found_NV: Tensor, wanted_NV: Tensor) -> Tensor:
     """How far the logits of each token are off, as a share of their distance to a neighbour's."""
-    apart_NV = wanted_NV - wanted_NV.roll(1, 0)
-    return (found_NV - wanted_NV).norm(dim=1) / apart_NV.norm(dim=1)
+    return (found_NV - wanted_NV).norm(dim=1) / (wanted_NV - wanted_NV.roll(1, 0)).norm(dim=1)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -312,8 +312,7 @@ class MemoryTracker:
         for tensor, gib in _tensors(model):
             number = layers.get(id(tensor))
             if number is None:
-                row = names.ADAPTERS if tensor.requires_grad else names.UNQUANTISED
-                self.held[row] += gib
+                self.held[names.ADAPTERS if tensor.requires_grad else names.UNQUANTISED] += gib
             elif placed.names[number] == "offloaded":
                 on_host += gib
             else:  # a slice is whatever bytes fall to the rank: it counts as a part of both

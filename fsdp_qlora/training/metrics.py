@@ -324,8 +324,7 @@ class Recorder:
         running = self.tracker.running
         if self._step >= self._num_steps:
             return "work after the last step"
-        words = f"{running} of" if running else "work before"
-        return f"{words} step {self._step + 1}"
+        return (f"{running} of" if running else "work before") + f" step {self._step + 1}"
 
     def _host(self) -> dict[str, float]:
         """Memory and processors of this machine; NaN where there is no such limit."""

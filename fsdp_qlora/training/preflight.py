@@ -23,7 +23,7 @@ from fsdp_qlora.arch import ModelInfo, targets
 from fsdp_qlora.atomic import GIB, IS_FULL, read_json
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
-from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, RUN_FAILED, UserError, one_line
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, RUN_FAILED, UserError, one_line, resume_of
 from fsdp_qlora.planning import fit, memory, run, sizes
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ def _checked(saved: SavedCheckpoint) -> SavedCheckpoint:
     if not saved.is_finite:
         run_dir, steps = saved.run_dir, checkpoint_store.steps(saved.run_dir)
         places = [checkpoint_store.step_dir(run_dir, step) for step in steps]
-        good = [place for place in places if read_json(place / STATE).get("is_finite")]
-        remedy = f"a lower --lr and --resume {good[0]}" if good else "start anew with a lower --lr"
+        good = [resume_of(p) for p in places if read_json(p / STATE).get("is_finite")]
+        remedy = f"a lower --lr and {good[0]}" if good else "start anew with a lower --lr"
         rule = "holds weights that are NaN or infinite: no step leads out of that"
         raise UserError(str(saved.path), rule, remedy, INTEGRITY)
     return saved
@@ -414,5 +414,5 @@ def explain_disk_full(cfg: TrainConfig) -> Iterator[None]:
         rule, remedy = f"takes no more ({os.strerror(number)})", f"{todo}, then start again"
         if saved := checkpoint_store.last_step(place):
             rule += f"; what was trained is saved up to step {saved}"
-            remedy = f"{todo}, then --resume {place} goes on"
+            remedy = f"{todo}, then {resume_of(place)} goes on"
         raise UserError(f"the disk of {place}", rule, remedy, RUN_FAILED) from error

@@ -144,7 +144,7 @@ time.sleep(60)
     code, out, err = run(tmp_path, body)
     assert (code, out, err) == (5, "", "error: weights: broken;\\nfetch again\n")
     word = tmp_path / "out" / "logs" / "rank1.error"
-    assert time.time() - word.stat().st_mtime < 7
+    assert time.time() - word.stat().st_mtime < 20  # 4 of grace; it would sleep for 60
     assert not any(map(is_alive, wait_for_ranks(tmp_path)))
 
 
@@ -220,10 +220,10 @@ time.sleep(60)
     for _ in range(2):  # as Slurm does
         parent.send_signal(signal.SIGINT)
         time.sleep(0.3)
-    time.sleep(hooks.BURST_S)
+    time.sleep(1.5 * hooks.BURST_S)  # as the supervisor hears them
     assert all(map(is_alive, pids))
     parent.send_signal(signal.SIGINT)
-    parent.communicate(timeout=5)
+    parent.communicate(timeout=30)
     assert parent.returncode == 130 and not any(map(is_alive, pids))
 
 
@@ -238,7 +238,7 @@ time.sleep(60)
     parent = start(tmp_path, body)
     pids = wait_for_ranks(tmp_path, "ready")
     parent.send_signal(signal.SIGINT)
-    _, err = parent.communicate(timeout=15)
+    _, err = parent.communicate(timeout=30)  # 10 of grace
     assert (parent.returncode, err.count("\n")) == (130, 1)
     assert err.startswith("stopped by SIGINT; ") and not any(map(is_alive, pids))
 
@@ -249,8 +249,8 @@ def test_ranks_do_not_outlive_a_killed_supervisor(tmp_path: Path):
     pids = wait_for_ranks(tmp_path)
     assert all(map(is_alive, pids))
     parent.kill()
-    parent.communicate(timeout=5)
-    limit_s = time.monotonic() + 2
+    parent.communicate(timeout=30)
+    limit_s = time.monotonic() + 20
     while any(map(is_alive, pids)) and time.monotonic() < limit_s:
         time.sleep(0.02)
     assert not any(map(is_alive, pids))

@@ -90,15 +90,12 @@ def test_a_rank_that_hangs_is_found_and_every_stack_written_down(tmp_path: Path,
     """One that was stopped, one that waits; its peer waits for it. Nobody is left."""
     body = STEPS + "take(1, 4)\nif rank == 0: time.sleep(60)\n"
     body = body.replace("hooks.reach(", "step == 4 or hooks.reach(")
-    begin_s = time.monotonic()
     fault = f"{kind}:1:post-forward:3"
     code, _, err = run(tmp_path, body, "--hang_timeout=2", FSDP_QLORA_FAULT=fault)
-    wall_s = time.monotonic() - begin_s
-    assert wall_s < 2 + 10  # two starts of Python included
     line = r"error: rank 1: hung at step 3 \(post-forward\): no sign of life for (\d+) s; "
     found = re.fullmatch(f"{line}the stacks of all ranks are in .*/logs\n", err)
     assert code == RUN_FAILED and found
-    assert 2 <= int(found[1]) <= wall_s
+    assert 2 <= int(found[1]) < 20  # a second of it to write; the peer would sleep for 60
     for rank in range(2):
         log = (tmp_path / f"out/logs/rank{rank}.log").read_text()
         assert "most recent call first" in log and "rank.py" in log

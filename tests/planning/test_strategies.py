@@ -1,5 +1,6 @@
 """What strategies, precisions, optimizers and offloaded activations need, by the plan."""
 
+import dataclasses
 import json
 
 import pytest
@@ -118,6 +119,21 @@ def test_inputs_of_layers_move_to_the_host():
     assert moved.host.gib("backward", rows.WAITING) == pytest.approx(2 * 31 * layer_gib)
     assert moved.host.gib("load", rows.WAITING) == usual.host.gib("backward", rows.WAITING) == 0
     assert moved.speed.step_s >= usual.speed.step_s
+
+
+def test_processors_without_bfloat16_compute_in_float32_unless_the_user_says_otherwise():
+    info = arch.read("llama-2-7b", need_weights=False)
+    for words, has_bf16, precision in (
+        *(((), True, "bf16"), ((), False, "fp32")),
+        (("--precision=bf16",), False, "bf16"),
+        (("--attn=flash_attention_2",), False, "bf16"),  # has no fp32
+    ):
+        cpu = dataclasses.replace(hardware.CPU, has_bf16=has_bf16)
+        machine, cfg = hardware.Machine((), 256.0, 2, cpu=cpu), config.parse([*SHAPE, *words])
+        plan = run.make(info, cfg, config.given(words), machine)
+        assert plan.cfg.precision == precision
+        is_said = "precision fp32, as this CPU has no bfloat16" in plan.note
+        assert is_said == (precision == "fp32")
 
 
 def test_gpus_without_bfloat16_get_float16_unless_the_user_says_otherwise():

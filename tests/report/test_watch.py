@@ -3,16 +3,20 @@
 import http.client
 import json
 import os
+import re
 import socket
 import struct
 import time
+from unittest import mock
 from urllib.parse import quote
 
 import pytest
 
+from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.planning import rows as names
+from fsdp_qlora.report import watch
 from fsdp_qlora.report.charts import MAX_BINS, Tape
 from fsdp_qlora.report.watch import Follower, Server
 from tests.report.runs import CONFIG, Page, gpu_step, step_line, write_run
@@ -137,6 +141,15 @@ def test_the_server_answers_this_machine_alone_and_only_with_the_run(run_dir, tm
     assert follower.answer("")["columns"]["step"] == []
 
 
+def test_every_sign_of_life_of_a_run_has_words():
+    texts = (path.read_text() for path in (PROJECT_DIR / "fsdp_qlora").rglob("*.py"))
+    points = set(re.findall(r'hooks\.(?:beat|reach)\("([a-z-]+)"', "".join(texts)))
+    assert points >= {"generate", "eval"}
+    for point in points | {*hooks.POINTS, hooks.DONE}:
+        (line,) = watch._does([hooks.Heartbeat(0.0, 3, point)])
+        assert f": {point}," not in line
+
+
 def test_a_run_tells_what_its_ranks_do_and_how_it_ended(run_dir):
     def state(owner, summary=None):
         (run_dir / ".lock").write_text(owner)
@@ -145,10 +158,10 @@ def test_a_run_tells_what_its_ranks_do_and_how_it_ended(run_dir):
         found = Follower(run_dir).answer("")
         return found["state"], found["waits"]
 
-    here = socket.gethostname()
-    with hooks.open_board() as board:
+    here, now_s = socket.gethostname(), time.monotonic()
+    with hooks.open_board() as board, mock.patch.object(time, "monotonic", lambda: now_s):
         for rank, point in enumerate(("post-forward", "post-forward", "save-mkdir")):
-            sign = (time.monotonic_ns() - 3 * 10**9, 7, point.encode())
+            sign = (int((now_s - 3) * 1e9), 7, point.encode())
             os.pwrite(board.fileno(), struct.pack("<qq512s", *sign), rank * hooks.SLOT.size)
         assert state(f"pid {os.getpid()} on {here} since today") == (
             "running",

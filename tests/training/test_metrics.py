@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pty
 import re
@@ -137,9 +138,9 @@ def test_step_seconds_cover_the_whole_time_except_what_an_event_tells_of(tmp_pat
 
 
 def test_recording_costs_milliseconds(tmp_path):
-    """Of the quieter steps: others compute on this machine too."""
+    """Of the quietest step: others compute on this machine too."""
     run_steps(tmp_path, 40)
-    assert statistics.quantiles(line["record_s"] for line in tiny.steps(tmp_path)[1:])[0] < 0.005
+    assert min(line["record_s"] for line in tiny.steps(tmp_path)[1:]) < 0.005
 
 
 def test_summary_holds_totals_peaks_and_the_median_speed_without_the_first_three_steps(tmp_path):
@@ -229,6 +230,7 @@ def test_without_a_terminal_a_long_step_prints_a_line_in_time(tmp_path, capsys, 
     """None between two steps: what happens there has lines of its own."""
     monkeypatch.setattr(cli, "LINE_S", 0.3)
     with tiny.recorder(tmp_path, Alone(), 3) as recorder:
+        began_s = time.monotonic()
         recorder.step(record(1))
         time.sleep(1.0)
         recorder.flush()
@@ -236,7 +238,10 @@ def test_without_a_terminal_a_long_step_prints_a_line_in_time(tmp_path, capsys, 
         recorder.clock.mark("data")
         time.sleep(1.0)
         said = capsys.readouterr().out.splitlines()
-        assert said and set(said) <= {f"step 2/3 forward, {s} s since the last one" for s in (1, 2)}
+        seconds = range(1, math.ceil(time.monotonic() - began_s) + 1)
+        assert said and set(said) <= {
+            f"step 2/3 forward, {s} s since the last one" for s in seconds
+        }
         recorder.step(record(2))
 
 
@@ -363,17 +368,25 @@ def test_cuda_phases_are_the_time_of_the_device_and_reading_them_is_late():
 
 
 def test_a_process_that_computes_is_busy_and_one_that_waits_is_not(tmp_path):
+    """Between what the clocks of the process say just inside of a step and just around it."""
+    tick_s, bounds = 2.5 / os.sysconf("SC_CLK_TCK"), []
+
+    def look() -> tuple[float, float]:
+        return time.process_time(), time.monotonic()
+
     with tiny.recorder(tmp_path, Alone(), 3) as recorder:
-        recorder.step(record(1))
-        threading.Event().wait(0.3)
-        recorder.step(record(2))
-        began_s, wall_s = time.process_time(), time.monotonic()
-        while time.process_time() - began_s < 0.4:
-            sum(range(2000))
-        wall_s = time.monotonic() - wall_s
-        recorder.step(record(3))
-    _, idle, busy = (line["ranks"][0]["cpu_cores"] for line in tiny.steps(tmp_path))
-    everyone = tiny.steps(tmp_path)[2]["host"]["cpu_cores"]
-    assert idle < 0.3
-    assert abs(busy - 0.4 / wall_s) < 0.15 and busy <= (os.cpu_count() or 1) + 0.1
-    assert everyone > busy / 2  # the machine's clock is coarse, and counts this process too
+        around, _, within = look(), recorder.step(record(1)), look()
+        for step, wanted_s in ((2, 0.0), (3, 0.4)):
+            threading.Event().wait(0.3 if step == 2 else 0.0)
+            while time.process_time() - within[0] < wanted_s:
+                sum(range(2000))
+            end, _, after = look(), recorder.step(record(step)), look()
+            least = (end[0] - within[0] - tick_s) / (after[1] - around[1])
+            most = (after[0] - around[0] + tick_s) / (end[1] - within[1])
+            bounds.append((least, most))
+            around, within = end, after
+    _, idle, busy = tiny.steps(tmp_path)
+    for (least, most), line in zip(bounds, (idle, busy), strict=True):
+        assert least <= line["ranks"][0]["cpu_cores"] <= most, bounds
+    # the machine's clock is coarse, and counts this process too
+    assert busy["host"]["cpu_cores"] > busy["ranks"][0]["cpu_cores"] / 2

@@ -1,6 +1,8 @@
 """What --resume stands for, what it refuses, and who may write where; no torch."""
 
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import arch, config, record
+from fsdp_qlora import arch, config, errors, record
 from fsdp_qlora import checkpoint_store as store
 from fsdp_qlora.config import PROJECT_DIR
 from fsdp_qlora.distributed import launch
@@ -93,6 +95,12 @@ def test_a_checkpoint_brings_the_options_of_its_run(tmp_path: Path, model: Path)
     assert (config.parse(traced).profile, config.parse(traced).warmup_steps) == (2, 9)
     bare, _ = preflight.expand_resume([f"--output_dir={out}", "--resume"])
     assert config.parse(bare).resume == str(saved.path)
+
+
+def test_what_goes_on_with_a_run_can_be_pasted_into_a_shell():
+    for name in ("out/mine", "out/<b>run & 1", "it's $HOME"):
+        (how,) = re.findall("; (.*) goes on", str(errors.Stopped(signal.SIGTERM, Path(name))))
+        assert shlex.split(how) == ["--resume", name]
 
 
 def test_python_that_only_a_checkpoint_names_never_runs(tmp_path: Path, model: Path):

@@ -219,7 +219,7 @@ def test_a_run_that_fails_does_not_wait_for_its_tracker(fake, tmp_path, monkeypa
     with pytest.raises(ZeroDivisionError), trackers.attach_trackers(cfg, True, print):
         began_s = time.monotonic()
         raise ZeroDivisionError
-    assert time.monotonic() - began_s < trackers.SHORT_S + 1
+    assert time.monotonic() - began_s < trackers.PATIENCE_S  # a whole run would have so long
 
 
 def test_every_tracker_is_known_to_accelerate_and_reported_before_anything_starts():
