@@ -252,8 +252,7 @@ def steps(run_dir: Path) -> list[int]:
     Raises:
         UserError: their directory cannot be read, so that nobody knows (code 5).
     """
-    place = run_dir / CHECKPOINTS
-    remedy = "see to the disk, then try again"
+    place, remedy = run_dir / CHECKPOINTS, "see to the disk, then try again"
     with one_line_of(place, remedy, INTEGRITY, "cannot be read ({})"):
         try:
             names = os.listdir(place)

@@ -494,6 +494,9 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise ValueError(" ".join(str(error).split())) from error
     if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
         raise ValueError("it has no lines of name: value")
+    names = re.findall(r"^([\w-]+)[ \t]*:", text, re.MULTILINE)
+    if len({*names}) < len(names):
+        raise ValueError("a name stands there twice")
     return table
 
 

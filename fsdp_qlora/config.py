@@ -455,7 +455,7 @@ def given(argv: Sequence[str]) -> frozenset[str]:
 
 
 class _Reader(cli.Reader):
-    """Reads --warmup_steps N beside --profile as the profiler's, as the reference does."""
+    """Reads --warmup_steps N beside --profile as the profiler's, and --load_in_8bit as HF does."""
 
     def rename(self, given: Mapping[str, Given]) -> dict[str, Given]:
         """As cli.Reader; all that is in `given` stands on one command line, or in one recipe."""
@@ -466,6 +466,9 @@ class _Reader(cli.Reader):
             self.notes.append(f"--warmup_steps {steps.text} {why}")
             others = {name: given[name] for name in given if name != "warmup_steps"}
             given = others | {"profile": steps}
+        eight = given.get("load_in_8bit")
+        if eight is not None and cli.plain(eight.text) == "true":  # it means a quantized base, too
+            given = {name: given[name] for name in given if name != "load_in_4bit"}
         return super().rename(given)
 
 

@@ -347,12 +347,21 @@ def complete(
         streamer: of transformers, shows the answer as it comes, where there is one row.
 
     Returns:
-        The continuations, without special tokens, up to a text that ends them.
+        The continuations, without special tokens, up to a text that ends them, or the last
+        position that the model knows.
+
+    Raises:
+        UserError: a prompt is longer than that.
     """
     import torch
 
     ends, longest = sorted(end_ids(tokenizer) - {None}), max(map(len, rows))
-    pad = ends[0] if ends else 0
+    pad, num_tokens, known = ends[0] if ends else 0, how.num_tokens, model.decoder.config
+    if known.model_type in arch.info.POSITION_TABLES:
+        num_tokens = min(num_tokens, known.max_position_embeddings - longest + 1)
+    if num_tokens < 1:
+        rule = f"the model knows positions of {known.max_position_embeddings} tokens"
+        raise UserError(f"a prompt of {longest} tokens", rule, "ask less")
 
     def read(ids: list[int]) -> tuple[str, bool]:
         """The text of an answer, and whether a text ends it."""
@@ -366,7 +375,7 @@ def complete(
 
     ids_BT = torch.tensor([[pad] * (longest - len(row)) + [*row] for row in rows])
     mask_BT = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    settings: dict[str, Any] = {"max_new_tokens": how.num_tokens, "do_sample": how.temperature > 0}
+    settings: dict[str, Any] = {"max_new_tokens": num_tokens, "do_sample": how.temperature > 0}
     settings |= {"repetition_penalty": how.repetition_penalty, "streamer": streamer}
     settings |= {"eos_token_id": ends or None, "pad_token_id": pad}
     settings |= {"stopping_criteria": [is_done]} if how.stops else {}

@@ -5,6 +5,7 @@ the ranks.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import signal
@@ -35,6 +36,9 @@ def run(plan: plans.RunPlan, world, given: frozenset[str], saved=None, poll: Pol
         from fsdp_qlora import data
         from fsdp_qlora.training import checkpoint, evaluate, loop, memory_probe, metrics
 
+    stored = saved and saved.state["config"].get("chat_template_kwargs")
+    kwargs = world.first(lambda: data.prepare.dated(plan.cfg, plan.info.path, stored))
+    plan = dataclasses.replace(plan, cfg=dataclasses.replace(plan.cfg, chat_template_kwargs=kwargs))
     cfg, is_writer, out_dir = plan.cfg, world.rank == 0, plan.cfg.resolved_output_dir
     dataset = world.each(lambda: data.build(cfg, plan.info, world))
     resumed = checkpoint.load(plan, given, saved, dataset, world)

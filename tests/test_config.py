@@ -373,6 +373,8 @@ def test_names_of_other_trainers_mean_what_they_mean_there(tmp_path):
     assert [note.split()[1] for note in notes] == ["--tf32", "--logging_steps"]
     (tmp_path / "x.yml").write_text("a: b: c\n")
     assert "not a YAML file" in faults_of("--recipe", str(tmp_path / "x.yml"))
+    (tmp_path / "x.yml").write_text("lr: 1e-4\nseed: 3\nlr: 2e-4\n")
+    assert "a name stands there twice" in faults_of("--recipe", str(tmp_path / "x.yml"))
     known = set()  # without importing them
     for module in (
         "transformers/training_args",
@@ -391,6 +393,11 @@ def test_names_of_other_trainers_mean_what_they_mean_there(tmp_path):
     assert (cfg.context_length, cfg.save_every, cfg.log_to, cfg.packing) == (64, "7", "tqdm", "off")
     assert (cfg.lora_target_modules, cfg.eval_every) == ("k_proj", "epoch")
     assert parse(["--eval_samples=0", "--bf16=1"]).eval_split is None
+    plain = parse(["--load_in_4bit=false"])  # a 16-bit base, unless it is in 8 bit
+    assert (plain.train_type, plain.format_name) == ("lora", "bf16")
+    plain = parse(["--load_in_4bit=false", "--load_in_8bit=true"])
+    assert (plain.train_type, plain.format_name) == ("qlora", "int8")
+    assert parse(["--load_in_4bit=false", "--load_in_8bit=false"]).format_name == "bf16"
     for wrong, words in (
         ("--use_dora true", "use --train_type bnb_dora"),
         ("--deepspeed z.json", "see --sharding_strategy"),

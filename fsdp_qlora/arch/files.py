@@ -426,8 +426,7 @@ def read_header(path: Path, item_bytes: Mapping[str, int] = ITEM_BYTES) -> Refs:
             parts = {name: file.get_slice(name) for name in file.offset_keys()}
             kinds = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
-        why = brief(error).partition("header: ")[2] or brief(error)
-        size = path.stat().st_size
+        why, size = brief(error).partition("header: ")[2] or brief(error), path.stat().st_size
         raise _damaged(path, f"{size} bytes are no safetensors file ({why[:80]})") from None
     needed = {dtype for name, (dtype, _) in kinds.items() if not BUFFER.fullmatch(name)}
     if others := sorted(needed - item_bytes.keys()):

@@ -186,7 +186,7 @@ _TABLE = {name: row for name, row in files.TABLE.items() if name != "patterns"}
 EXECUTION_ORDER, OTHER_NAMES = _TABLE.pop("execution_order"), _TABLE.pop("other_names")
 RENAMED, OUTER = _TABLE.pop("renamed"), {"llama4": "language_model.model."}
 ACTIVATIONS, DTYPES, ROPES = map(_TABLE.pop, ("activations", "dtypes", "ropes"))
-RECURRENT, LEFT_OUT = _TABLE.pop("recurrent"), _TABLE.pop("left_out")
+RECURRENT, LEFT_OUT, POSITION_TABLES = map(_TABLE.pop, ("recurrent", "left_out", "position_tables"))
 LAYOUTS = {name: LayerShape(**row) for name, row in _TABLE.items()}
 
 
@@ -436,8 +436,7 @@ class ModelInfo:
             is_whole: False: as it is called within the text model.
         """
         old, new = RENAMED.get(self.model_type, ("", ""))
-        name = name.replace(old, new, 1)
-        outer = OUTER.get(self.wrapper, "model.language_model.")
+        name, outer = name.replace(old, new, 1), OUTER.get(self.wrapper, "model.language_model.")
         is_inside = self.wrapper and is_whole and name.startswith("model.")
         return outer + name[6:] if is_inside else name
 
@@ -490,6 +489,13 @@ class ModelInfo:
             return ""
         where = f"a row in one batch with one of more than {sizes[0]} tokens"
         return f"rope      {kind}: {where} is computed as if it were as long"
+
+    @property
+    def num_positions(self) -> int | None:
+        """Rows of its table of positions, which no row may exceed; None: it computes them."""
+        size = self.config.get("n_positions", self.config.get("max_position_embeddings"))
+        is_known = self.model_type in POSITION_TABLES and isinstance(size, int)
+        return size if is_known else None
 
     def recurrent_note(self) -> str:
         """Name the package with kernels for recurrent layers, where it is missing; or ""."""

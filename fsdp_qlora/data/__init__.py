@@ -26,7 +26,7 @@ class Data(NamedTuple):
         digest: of the held-out rows and the prompts, the same on every rank.
     """
 
-    train: batches.Batches | batches.PackedBatches
+    train: batches.Batches
     held_out: list[batches.Batch]
     tokenizer: Any
     audit: prepare.Audit
@@ -69,14 +69,10 @@ def build(cfg: config.TrainConfig, info: arch.ModelInfo, world: Any) -> Data:
     audit = prepare.audit(cfg, ready, world.size // num, pad_multiple)
     sampler = batches.sampler_config(cfg, world.size // num, world.rank // num, pad_multiple)
     sampler = dataclasses.replace(sampler, parts=num, part=world.rank % num)
-    train: batches.Batches | batches.PackedBatches
-    if cfg.packing == "on":
-        train = batches.PackedBatches(ready.train, cfg.context_length, sampler)
-    else:
-        is_flat = cfg.packing == "auto" and world.device.type == "cuda"
-        is_loose = audit.facts["padding_share"]["batches"] > MOST_PADDING
-        is_flat = is_flat and (is_loose or ready.train.num_sides == 2)  # which share prompts
-        train = batches.Batches(ready.train, sampler, is_flat)
+    is_flat = audit.facts["padding_share"]["batches"] > MOST_PADDING
+    is_flat = is_flat or ready.train.num_sides == 2  # which share prompts
+    is_flat = is_flat and cfg.packing == "auto" and world.device.type == "cuda"
+    train = batches.make(cfg, ready.train, sampler, is_flat)
     held_out = list(batches.all_once(ready.held_out, sampler))
     asked = prompts.choose_prompts(cfg, ready, text_tokenizer)
     hardware.release_freed_memory()

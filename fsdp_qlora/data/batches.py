@@ -300,6 +300,20 @@ class PackedBatches(Batches):
         return (step + 1) / self.steps_per_epoch
 
 
+def make(
+    cfg: TrainConfig, rows: TokenDataset, sampler: SamplerConfig, is_flat: bool = False
+) -> Batches:
+    """Return the training batches of a run, packed if it packs.
+
+    Args:
+        cfg: packing, context_length.
+        rows, sampler, is_flat: see `Batches`.
+    """
+    if cfg.packing == "on":
+        return PackedBatches(rows, cfg.context_length, sampler)
+    return Batches(rows, sampler, is_flat)
+
+
 def steps_per_epoch(num_rows: int, rows_per_step: int) -> int:
     """Return the optimizer steps of an epoch.
 
@@ -329,8 +343,7 @@ def epoch_order(lengths: np.ndarray, rows_per_step: int, seed: int, epoch: int) 
         Indices of the rows of every step, longest first; each row once.
     """
     random = np.random.default_rng((seed, epoch))
-    order = random.permutation(len(lengths))
-    steps = steps_per_epoch(len(lengths), rows_per_step)
+    order, steps = random.permutation(len(lengths)), steps_per_epoch(len(lengths), rows_per_step)
     bounds = np.arange(steps + 1) * len(lengths) // steps
     window = min(SORT_WINDOW_STEPS, max(steps // 4, 1))
     found: list[np.ndarray] = []
@@ -507,8 +520,7 @@ def cut(batch: Batch, num: int, part: int) -> Batch:
     chunks = part, 2 * num - 1 - part
     at = torch.arange(batch.input_ids.shape[1]).view(2 * num, -1)[[*chunks]].flatten()
     following = batch.labels[0].roll(-1)  # the first token is no target
-    numbers = ((following != row_formats.NOT_TRAINED).cumsum(0) - 1)[at]
-    following = following[at]
+    numbers, following = ((following != row_formats.NOT_TRAINED).cumsum(0) - 1)[at], following[at]
     positions = (following != row_formats.NOT_TRAINED).nonzero().squeeze(1)
     whole = torch.cat([torch.arange(length) for length in batch.row_lengths])
     targets = positions, following[positions], chunks, numbers[positions]
@@ -565,8 +577,7 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
     lengths, answers = [*prompts, *itertools.chain(*sizes)], tuple(map(sum, sizes))
     width = -(-sum(lengths) // pad_multiple) * pad_multiple
     starts = [0, *itertools.accumulate(lengths)]
-    rest = width - starts[-1]
-    ids = np.full((1, width), PAD_ID, np.int64)
+    rest, ids = width - starts[-1], np.full((1, width), PAD_ID, np.int64)
     parts = [s.input_ids[: s.prompt] for s in samples] + [s.input_ids[s.prompt :] for s in samples]
     ids[0, : starts[-1]] = np.concatenate(parts)
     firsts = [0] * len(prompts) + [p for p in prompts for _ in range(2)] + [0]
@@ -581,8 +592,7 @@ def branch(samples: Sequence[Sample], pad_multiple: int, learns_prompt: bool) ->
         targets.append(row.input_ids[learned + 1].astype(np.int64))
     where, what = (torch.from_numpy(np.concatenate(t)) for t in (positions, targets))
     branches = Branched(prompts, answers, torch.from_numpy(np.concatenate(at))[None], where, what)
-    labels = torch.full((1, width), row_formats.NOT_TRAINED)
-    counts = len(where), starts[-1]
+    labels, counts = torch.full((1, width), row_formats.NOT_TRAINED), (len(where), starts[-1])
     lengths += [rest] * (rest > 0)
     return Batch(torch.from_numpy(ids), labels, *counts, tuple(lengths), branches=branches)
 

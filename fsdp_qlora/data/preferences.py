@@ -52,8 +52,7 @@ class PreferenceFormatter(row_formats.RowFormatter):
         """Return the columns that nothing uses, see RowFormatter."""
         if not isinstance(row, dict):
             return []
-        side = self.sides(row)[0][0]
-        own = {"chosen", "completion", "output", "answer"}
+        side, own = self.sides(row)[0][0], {"chosen", "completion", "output", "answer"}
         used = {*itertools.chain(*PAIRS, LABELS), *ASKED, *chats.CHAT_COLUMNS, *own}
         found = [name for name in super().unused(side) if name in row or " " in name]
         others = (n for n, v in row.items() if n not in used | {*side} and v not in (None, "", []))

@@ -5,6 +5,7 @@ you rent. The same facts are kept in the record of every run.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -24,7 +25,7 @@ from fsdp_qlora import __version__, arch, cli, config, hardware
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import batches, preferences, row_formats, sources, tokenizer, tokens
 from fsdp_qlora.data.row_formats import RowFormatter
-from fsdp_qlora.data.tokenizer import TextTokenizer
+from fsdp_qlora.data.tokenizer import DATE, SETTINGS_FILES, TextTokenizer
 from fsdp_qlora.data.tokens import NUMBERS, Facts, TokenDataset, TokenStore
 from fsdp_qlora.errors import DONE, UserError, join, one_line
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
@@ -118,7 +119,8 @@ def prepare(
         whole = tokens.dummy_samples(*shape, cfg.num_answers)
         return PreparedData(*train_test_split(whole, cfg), (whole.store,), (sources.DUMMY,))
     assert tokenizer is not None, "text without a tokenizer"
-    formatter = _choose(cfg, tokenizer)
+    kwargs = dated(cfg, Path(tokenizer.place))
+    formatter = _choose(dataclasses.replace(cfg, chat_template_kwargs=kwargs), tokenizer)
     found = sources.find(cfg.dataset, cfg, split_name(cfg.train_split), tokenizer.full)
     with cli.Progress("tokenizes", unit="rows", is_silent=not shows_progress) as bar:
         make = functools.partial(_tokenize, cfg, tokenizer, formatter, bar.update)
@@ -142,6 +144,29 @@ def prepare(
     return PreparedData(train, held_out, num_test, tuple(stores), names, formatter, example)
 
 
+def dated(cfg: TrainConfig, place: Path | None, stored: str | None = None) -> str | None:
+    """Settle the day that a template may write into every row, once for a run.
+
+    Another day is other tokens, and with them other held-out rows.
+
+    Args:
+        cfg: the run; a day that the user has set stays.
+        place: of the tokenizer; None: it has none.
+        stored: `chat_template_kwargs` of the run that goes on, which has its day.
+
+    Returns:
+        The run's `chat_template_kwargs`, with the day of its first start as `strftime_now` where a
+        template asks for it.
+    """
+    files = [place / name for name in SETTINGS_FILES] if place else []
+    files += [*place.glob("additional_chat_templates/*.jinja")] if place else []
+    files += [Path(cfg.template).expanduser()] if cfg.template else []
+    if not any(os.path.isfile(file) and DATE.encode() in file.read_bytes() for file in files):
+        return cfg.chat_template_kwargs
+    day = json.loads(stored or "{}").get(DATE, datetime.date.today().isoformat())
+    return json.dumps({DATE: day} | json.loads(cfg.chat_template_kwargs or "{}"))
+
+
 def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
     """How the rows of a run become text."""
     how = (cfg.train_on, cfg.system_prompt)
@@ -151,6 +176,8 @@ def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
     if unread:
         got = f"--chat_template_kwargs with {', '.join(sorted(unread))}"
         raise UserError(got, "the chat template reads no such name", "correct it or leave it out")
+    if found.row_template is not None and DATE in kwargs:
+        found.row_template.names[DATE] = kwargs[DATE]
     rest = {"chat_kwargs": kwargs, "allows_dropped": cfg.allow_dropped_text}
     if not cfg.num_answers:
         return dataclasses.replace(found, **rest)
@@ -209,8 +236,7 @@ def _tokenize(
         rows = sources.read(found)
         return tokens.tokenize(builder, rows, formatter, tokenizer, cfg.context_length, progress)
 
-    root = tokens.cache_root(cfg.token_cache)
-    prints = [source.fingerprint() for source in found]
+    root, prints = tokens.cache_root(cfg.token_cache), [source.fingerprint() for source in found]
     if root is None or None in prints or (cfg.token_cache == "auto" and _is_small(found)):
         made = build(tokens.StoreBuilder(None))
     else:
@@ -252,8 +278,7 @@ def train_test_split(
         UserError: a part would be empty, or the shares are more than the whole.
     """
     at, num_rows = spread(whole.hashes, cfg.seed), len(whole)
-    learn = split_share(cfg.train_split)
-    num_held_out = cfg.num_held_out(num_rows)
+    learn, num_held_out = split_share(cfg.train_split), cfg.num_held_out(num_rows)
     if num_held_out:
         if learn is not None:
             got = f"--eval_split {cfg.eval_split} with --train_split {cfg.train_split}"
@@ -350,8 +375,7 @@ class Audit:
     def lines(self) -> list[str]:
         """Return all facts for people, a line each."""
         facts = self.facts
-        kinds = (f"{count:,} {kind}" for kind, count in facts["kinds"].items())
-        steps = []
+        kinds, steps = (f"{count:,} {kind}" for kind, count in facts["kinds"].items()), []
         for size, count in facts["steps"].items():
             each = f"{count['per_epoch']:,} an epoch, {count['in_all']:,} in total"
             steps.append(f"{size} GPU{'s' * (int(size) > 1)}: {each}")
@@ -388,8 +412,7 @@ def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: 
         p95_tokens, longest_uncut_tokens. Steps by world size, padding_share, and notes for the
         user.
     """
-    parts = (ready.train, ready.held_out)
-    repeated = _repeated(TokenDataset(ready.stores[0]))
+    parts, repeated = (ready.train, ready.held_out), _repeated(TokenDataset(ready.stores[0]))
     uncut = np.concatenate([store.table[:-1, tokens.NUM_UNCUT] for store in ready.stores])
     lengths = np.concatenate([part.lengths for part in parts])
     bad = [f"{place}: {fault}" for place, fault in ready.facts["bad"]]
@@ -409,7 +432,7 @@ def audit(cfg: TrainConfig, ready: PreparedData, world_size: int, pad_multiple: 
     facts |= {"median_tokens": int(middle), "p95_tokens": int(most)}
     facts["longest_uncut_tokens"] = int(uncut.max(initial=0))
     facts["num_tokens_cut"] = int(np.maximum(uncut - cfg.context_length, 0).sum())
-    facts["steps"] = _steps(cfg, len(ready.train), world_size)
+    facts["steps"] = _steps(cfg, ready.train, world_size)
     facts["padding_share"] = _padding(cfg, ready.train, world_size, pad_multiple)
     facts |= {"answers": _answers(ready.stores), "kept": ready.stores[0].note or "in memory only"}
     return Audit({**facts, "notes": _notes(cfg, ready, Audit(facts), world_size)})
@@ -423,12 +446,13 @@ def _repeated(whole: TokenDataset) -> list[str]:
     return [f"{whole.place(i)} repeats {whole.place(int(earlier[i]))}" for i in again]
 
 
-def _steps(cfg: TrainConfig, num_rows: int, world_size: int) -> dict[str, dict[str, int]]:
+def _steps(cfg: TrainConfig, rows: TokenDataset, world_size: int) -> dict[str, dict[str, int]]:
+    """Steps by number of GPUs, of which some may share each row."""
     found = {}
-    for size in sorted({1, 2, world_size}):
-        sampler = batches.sampler_config(cfg, size, 0, 1)
-        per_epoch = batches.steps_per_epoch(num_rows, sampler.rows_per_step)
-        found[str(size)] = {"per_epoch": per_epoch, "in_all": sampler.num_steps(per_epoch)}
+    for size in sorted({1, 2, world_size}) if len(rows) else ():
+        made = batches.make(cfg, rows, batches.sampler_config(cfg, size, 0, 1))
+        count = {"per_epoch": made.steps_per_epoch, "in_all": made.num_steps}
+        found[str(size * cfg.context_parallel)] = count
     return found
 
 
@@ -470,10 +494,10 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     place = ready.formatter.chat.place if ready.formatter is not None else ""
     num_texts = sum(map(len, ready.stores)) + facts["num_empty"] + facts["num_beyond"]
     is_cut = facts["num_cut"] * 10 > found.num_samples
-    is_few = 0 < facts["num_train"] < rows_per_step
+    is_few = 0 < facts["num_train"] < rows_per_step and cfg.packing != "on"
     is_split = uses_chat and not cfg.num_answers and num_texts > facts["num_rows"]
     ends = facts["num_learning_end"] or "blocks" in facts["kinds"] or not found.num_samples
-    is_idle = cfg.chat_template_kwargs is not None and not uses_chat
+    is_idle = not uses_chat and json.loads(cfg.chat_template_kwargs or "{}").keys() - {DATE}
     unused = ", ".join(f"{name} ({count:,} rows)" for name, count in facts["unused"].items())
     is_plain = uses_chat and place == tokenizer.PLAIN_PLACE
     asked = row_formats.suggested(ready.example) if cfg.objective == "sft" else ""
@@ -481,8 +505,9 @@ def _notes(cfg: TrainConfig, ready: PreparedData, found: Audit, world_size: int)
     is_due = {"cut": is_cut, "pairs": asked == "dpo", "labels": asked == "kto", "end": not ends}
     is_due |= {"longer": not 0.25 <= longer <= 0.75, "few": is_few, "leaked": facts["num_leaked"]}
     is_due |= {"idle": is_idle, "unused": unused, "plain": is_plain, "split": is_split}
+    is_due["date"] = date = uses_chat and getattr(ready.formatter, "chat_kwargs", {}).get(DATE)
     shown = facts | {"longer": longer, "unused": one_line(unused)[:MOST_CHARS]}
-    shown |= {"rows_per_step": rows_per_step, "num_texts": num_texts}
+    shown |= {"rows_per_step": rows_per_step, "num_texts": num_texts, "date": date}
     notes = [text.format_map(shown) for name, text in TEXTS["notes"].items() if is_due[name]]
     found_in_rows = []
     for kind, words in TEXTS["findings"].items():
@@ -517,8 +542,7 @@ def main(argv: list[str]) -> int:
     if not (own.rows or "").isdecimal():
         raise UserError(f"--rows {own.rows}", "must be a whole number", "default is 3")
     cfg = config.parse(run_argv, say=lambda line: print(line, file=sys.stderr))
-    info = arch.read(cfg.model_name, need_weights=False)
-    is_dummy = cfg.dataset == sources.DUMMY
+    info, is_dummy = arch.read(cfg.model_name, need_weights=False), cfg.dataset == sources.DUMMY
     path = Path() if is_dummy else _tokenizer_directory(cfg.model_name, info)
     text_tokenizer = None if is_dummy else tokenizer.read(path)
     ready = prepare(cfg, text_tokenizer, info.vocab_size, shows_progress=True)

@@ -156,8 +156,7 @@ def _ask_row(row: Sample, tokenizer: TextTokenizer, most: int, around: tuple[str
     first = int(flags.argmax())
     last = first + int((~flags[first:]).argmax())
     if first <= 1:
-        around = ("", "")
-        first = min(TEXT_TOKENS, max(len(row.input_ids) // 2, 1))
+        around, first = ("", ""), min(TEXT_TOKENS, max(len(row.input_ids) // 2, 1))
         last = min(last, first + most)
     ids, decode = row.input_ids.tolist(), tokenizer.core.decode
     shown, expected = _question(decode(ids[:first]), around), decode(ids[first:last]).strip()

@@ -4,6 +4,7 @@ Templates come with models from the hub: they run in the sandbox that transforme
 """
 
 import contextlib
+import datetime
 import hashlib
 import inspect
 import itertools
@@ -34,6 +35,7 @@ OWN_CLASSES: dict[str, str] = WORDS["own_classes"]
 SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", CHAT_FILE)
 Span = tuple[int, int]
 # Names of what the assistant thought, as transformers knows them.
+DATE = "strftime_now"  # by this name templates ask for the day
 REASONING = ("reasoning_content", "thinking", "reasoning")
 END_OF_THOUGHT = "</think>"
 # What templates, JSON and Python write in several ways.
@@ -109,8 +111,7 @@ class Template:
             self.compiled = environment.from_string(source)
             tree = environment.parse(source)
         except (jinja2.TemplateError, RecursionError) as error:
-            line = getattr(error, "lineno", 0)
-            rule = f"is not a Jinja template ({brief(error)})"
+            line, rule = getattr(error, "lineno", 0), f"is not a Jinja template ({brief(error)})"
             raise UserError(f"{place}:{line}" if line else place, rule, "correct it") from error
         self.variables = meta.find_undeclared_variables(tree)
         found = tree.find_all((nodes.Getattr, nodes.Const))  # message.name and message["name"]
@@ -143,7 +144,7 @@ class Template:
         """Render the template with some values.
 
         Args:
-            values: by name.
+            values: by name; a date as `strftime_now` is the day that the template writes.
 
         Returns:
             The text, and the parts of it that stood in `{% generation %}` blocks.
@@ -156,8 +157,11 @@ class Template:
         spans: list[Span] = []
         num_chars = 0
         try:
+            values = {**self.names, **values}
+            if isinstance(day := values.get(DATE), str):
+                values[DATE] = datetime.datetime.fromisoformat(day).strftime
             with _alarm(self._stop), self.compiled.environment.activate_tracker(blocks, spans):
-                for block in self.compiled.generate({**self.names, **values}):
+                for block in self.compiled.generate(values):
                     blocks.append(block)  # the tracker counts them meanwhile
                     num_chars += len(block)
                     self._check_size(num_chars)
@@ -190,7 +194,7 @@ class Chat(Template):
     def unread(self, values: Mapping[str, Any], tools: Any = None) -> list[str]:
         """Return the names of values that the template does not read."""
         set_by_us = {"messages", "tools", "add_generation_prompt"}
-        return sorted(set(values) - (self.chosen(tools).variables - set_by_us))
+        return sorted(set(values) - (self.chosen(tools).variables - set_by_us) - {DATE})
 
     def prompt(self, messages: list[dict], **values: Any) -> str:
         """Return the text after which the assistant speaks."""
@@ -251,13 +255,18 @@ class Chat(Template):
         except Refused:
             if turn > 0:
                 raise
-            # Many templates cannot ask for a first message: it begins with its own words.
-            return max(after.find(messages[0]["content"].strip()), 0), ()
-        if after.startswith(before):
+            before = None  # many templates cannot ask for a first message
+        if before is not None and after.startswith(before):
             return len(before), ()
-        pairs = zip(before, after, strict=False)
-        start = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(before), len(after)))
-        return start, (("prompt", repr(before[-MOST_SHOWN:])),)
+        other = [*messages[:turn], {"role": "assistant", "content": "\0"}]
+        asked = after[: _num_shared(after, self.whole(other, **values))]
+        if before is None:
+            return len(asked), ()
+        # A template may write the turns before in another way, too, once this one follows.
+        cue = before[_num_shared(before, self.whole(messages[:turn], **values)) :]
+        held = next((n for n in range(len(cue), 0, -1) if cue[:n] in asked), 0)
+        start = max(asked.rfind(cue[:held]) + held, _num_shared(before, asked))
+        return start, () if held == len(cue) else (("prompt", repr(before[-MOST_SHOWN:])),)
 
     def _render(
         self, messages: list[dict], values: Mapping[str, Any], asks: bool = False
@@ -271,6 +280,12 @@ def _aliased(message: dict) -> dict:
     """The reasoning under every name that a template may read, as transformers has it."""
     found = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return message if found is None else {"thinking": found, **message, REASONING[0]: found}
+
+
+def _num_shared(a: str, b: str) -> int:
+    """Characters that two texts begin with."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def find_lost(

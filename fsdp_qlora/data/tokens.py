@@ -213,8 +213,7 @@ class StoreBuilder:
         own = np.array(parts).tobytes() * any(parts)
         digest = hashlib.blake2b(whole + own, digest_size=8).digest()
         file = self.names.setdefault(place.name, len(self.names))
-        num_trained = int(np.count_nonzero(codes[1:] >= 0))
-        uncut = uncut or len(codes)
+        num_trained, uncut = int(np.count_nonzero(codes[1:] >= 0)), uncut or len(codes)
         number = int.from_bytes(digest, "little", signed=True)
         self.table.extend((self.num_tokens, file, place.number, number, num_trained, uncut, *parts))
         self.num_tokens += len(codes)
@@ -383,8 +382,7 @@ def _jobs(rows: PlacedRows, formatter: RowFormatter, facts: Facts) -> Iterator[_
         if not starts_text and last is not None and place.name != last.name:
             yield _Job(place, NO_TEXT, None, True)  # its last row did not say that the text ends
             starts_text = True
-        last = place
-        fault = row.fault if isinstance(row, BadRow) else formatter.problem(row)
+        last, fault = place, row.fault if isinstance(row, BadRow) else formatter.problem(row)
         if fault is None:
             try:
                 treatment = formatter.name(row)
@@ -497,8 +495,7 @@ class _SampleMaker:
 
     def codes(self, job: _Job, encoding: Any) -> np.ndarray:
         """Ids with what is given marked, the end of text appended where none is."""
-        text = job.text
-        ids = np.array(encoding.ids, np.int32)
+        text, ids = job.text, np.array(encoding.ids, np.int32)
         if job.block is not None:
             has_start = np.array_equal(~ids[:1], self.bos_codes)  # written in the text itself
             start = [self.bos_codes] if job.starts_text and not has_start else []

@@ -502,8 +502,7 @@ def supervise(attempt: Attempt) -> int:
     """
     cfg = attempt.cfg
     open_listener(cfg.master_port).close()  # if it is not free, nothing is written
-    is_new = not os.path.lexists(cfg.resolved_output_dir)
-    output_dir = claim_output_dir(cfg)
+    is_new, output_dir = not os.path.lexists(cfg.resolved_output_dir), claim_output_dir(cfg)
     argv = [*attempt.argv, f"--output_dir={output_dir}"]
     following: Attempt | None = dataclasses.replace(attempt, argv=argv)
     with caught_signals() as stops:

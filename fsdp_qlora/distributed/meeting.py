@@ -248,8 +248,7 @@ def compare(every: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> None:
             first, second = _shown(values[0]), _shown(values[other[0]])
             rows.append(f"{name:<24}{first:<{MOST_CHARS}}  {others[name]}: {second}")
     if others:
-        who = ", ".join(dict.fromkeys(others.values()))
-        rule = f"differ in {', '.join(others)}"
+        who, rule = ", ".join(dict.fromkeys(others.values())), f"differ in {', '.join(others)}"
         remedy = "start all with the same options, files and versions"
         error = UserError(f"rank 0 ({hosts[0]}) and {who}", rule, remedy)
         error.__notes__ = rows[: MOST_ROWS + 1]

@@ -450,8 +450,7 @@ def check_links(world: World, timeout_s: float = 20.0) -> None:
         LinkError: there is none, or it is wrong.
     """
     numbers = torch.full((2**18,), float(world.rank + 1), device=world.device)
-    work = dist.all_reduce(numbers, async_op=True)
-    limit_s = time.monotonic() + timeout_s
+    work, limit_s = dist.all_reduce(numbers, async_op=True), time.monotonic() + timeout_s
     while not work.is_completed():
         if time.monotonic() > limit_s:
             raise exit_report.LinkError(f"no answer from the other ranks in {timeout_s:.0f} s")

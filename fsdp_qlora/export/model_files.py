@@ -67,8 +67,7 @@ def safetensors_file(
     with path.open("wb") as file:
 
         def write(name: str, tensor: torch.Tensor) -> None:
-            raw = _bytes(tensor).numpy()
-            start = file.tell() - 8 - header_bytes
+            raw, start = _bytes(tensor).numpy(), file.tell() - 8 - header_bytes
             place = {"shape": list(tensor.shape), "data_offsets": [start, start + raw.nbytes]}
             entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], **place}
             file.write(raw.data)

@@ -253,8 +253,7 @@ def joined(info: ModelInfo, tensors: Tensors) -> Tensors:
         parts = [tensor.t() if ref.is_transposed else tensor for ref, _, tensor in group]
         is_part = joint not in info.tensors
         yield outer.get(joint, joint), torch.stack(parts).contiguous() if is_part else parts[0]
-    names = list(info.towers)
-    source = Weights(dataclasses.replace(info, tensors=info.towers))
+    names, source = list(info.towers), Weights(dataclasses.replace(info, tensors=info.towers))
     yield from zip(names, source.read_ahead(names, torch.device("cpu")), strict=True)
 
 
@@ -533,8 +532,7 @@ def compare(
     for start in range(0, len(targets), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         both = torch.stack([trained_NV[part], merged_NV[part]]).double()
-        largest = max(largest, (both[0] - both[1]).abs().max().item())
-        likeliest = both.argmax(-1)
+        largest, likeliest = max(largest, (both[0] - both[1]).abs().max().item()), both.argmax(-1)
         num_agreed += int((likeliest[0] == likeliest[1]).sum())
         logs = both.log_softmax(-1)
         divergence += (logs[0].exp() * (logs[0] - logs[1])).sum().item()

@@ -110,8 +110,7 @@ def load(model: "QuantizedModel", path: Path, scales: dict[str, float] | None = 
     """
     blocks_, device = [b for b in shard.blocks(model) if b.body.slots], model.head.weight.device
     flats = [torch.zeros(block.body.lora.shape, dtype=torch.float32) for block in blocks_]
-    places = dict(named_pairs(model, flats))
-    stem = "base_model.model." if flats else ""
+    places, stem = dict(named_pairs(model, flats)), "base_model.model." if flats else ""
     saved = {n: place for n, place in model.tensors.items() if getattr(*place).requires_grad}
     places |= {stem + name: torch.empty(getattr(*place).shape) for name, place in saved.items()}
     remedy = "check that it belongs to this model"
@@ -158,8 +157,7 @@ def b_slices(model: nn.Module, params: list[nn.Parameter]) -> list[Tensor]:
     Returns:
         Views of those of their elements that are here.
     """
-    local = dict(zip(map(id, shard.trained_parameters(model)), params, strict=True))
-    found = []
+    local, found = dict(zip(map(id, shard.trained_parameters(model)), params, strict=True)), []
     for body in (block.body for block in shard.blocks(model) if block.body.slots):
         start, stop = shard.local_range(body.lora)
         for _, b_OR, *_ in body.split_lora(torch.empty(body.lora.shape, device="meta")):

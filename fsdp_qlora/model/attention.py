@@ -430,8 +430,7 @@ def _gathered(query, key, value, scale, cut, window, sinks=None) -> tuple[torch.
     out, log_sum = torch.cat([own[0] for own in made]), torch.cat([own[1] for own in made], 1)
     if sinks is not None:
         whole = torch.logaddexp(log_sum, sinks.float().unsqueeze(1))
-        out = (out.float() * (log_sum - whole).exp().t().unsqueeze(2)).to(out.dtype)
-        log_sum = whole
+        out, log_sum = (out.float() * (log_sum - whole).exp().t().unsqueeze(2)).to(out.dtype), whole
     return out, log_sum, *states
 
 
@@ -518,8 +517,7 @@ def joins_exactly(device: torch.device, dtype: torch.dtype) -> bool:
     kernel = partial(_joined, **rest), partial(_joined_backward, **rest)
     owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
     prompt_of = torch.tensor([-1, -1, 0, 0, 1, 1, -1], device=device)[owner]
-    mask = (owner[:, None] == owner).tril() | (prompt_of[:, None] == owner)
-    found = []
+    mask, found = (owner[:, None] == owner).tril() | (prompt_of[:, None] == owner), []
     for is_joined in (True, False):
         parts = (t if is_joined else t.float() for t in one)
         grad, *inputs = [t.detach().requires_grad_() for t in parts]
@@ -531,8 +529,7 @@ def joins_exactly(device: torch.device, dtype: torch.dtype) -> bool:
                 out = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
                 out = out.transpose(0, 1)
         found.append([out, *torch.autograd.grad(out, inputs, grad.detach())])
-    limit = 1e-5 if dtype == torch.float32 else 0.03
-    pairs = zip(*found, strict=True)
+    limit, pairs = 1e-5 if dtype == torch.float32 else 0.03, zip(*found, strict=True)
     return all(bool((a.float() - b).norm() <= limit * b.norm()) for a, b in pairs)
 
 
@@ -562,8 +559,7 @@ def _varlen_backward(
     if query.device.type == "cuda":
         rest = (*rest, *lengths, 0.0, is_causal, *state)
         return aten._flash_attention_backward(grad_out, *rest, **_sides(scale, window))
-    sums = torch.split(log_sum, lengths[0].diff().tolist(), 1)
-    found = []
+    sums, found = torch.split(log_sum, lengths[0].diff().tolist(), 1), []
     for (q, k, v, o, g), s in zip(
         _parts(lengths, query, key, value, out, grad_out), sums, strict=True
     ):

@@ -536,8 +536,7 @@ class TrainedLayer(nn.Module):
             return self.run(None, hidden, lora, args, kwargs, params)
         has_dropout = any(slot.dropout for slot in self.slots)
         saved = SavedActivations() if self.level == "selective" else None
-        shared = SharedStates(kwargs)
-        trained = () if self.is_reentrant else (*own.values(),)
+        shared, trained = SharedStates(kwargs), () if self.is_reentrant else (*own.values(),)
 
         def run(hidden, *inputs):
             rest = shared.give(inputs[len(trained) :])

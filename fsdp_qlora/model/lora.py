@@ -141,8 +141,7 @@ class LoraMatmul(torch.autograd.Function):
             x = seen.detach().requires_grad_()
             with ctx.draws.again(), torch.enable_grad():
                 seen = nn.functional.dropout(x, ctx.dropout)
-        grad_a = grad_hidden_MR.t() @ _flat(seen)
-        grad_seen = None
+        grad_a, grad_seen = grad_hidden_MR.t() @ _flat(seen), None
         if ctx.dropout and grad_x is not None:
             grad_x += torch.autograd.grad(seen, x, (grad_hidden_MR @ a_RI).view_as(seen))[0]
         elif ctx.has_own_input:
@@ -434,8 +433,7 @@ class InputGroup:
                 for i, a in enumerate(self.adapter.a_RIs):
                     is_long = x.shape[:-1].numel() > LONG_TOKENS  # each linear has its own
                     lora_x = dropout if is_long else nn.functional.dropout(x, dropout)
-                    output = None if outputs is None else outputs[i : i + 1]
-                    own = scales[i : i + 1]
+                    output, own = None if outputs is None else outputs[i : i + 1], scales[i : i + 1]
                     x, deltas[linears[i]] = LoraMatmul.apply(x, lora_x, a, own, output, b_ORs[i])
             else:
                 if outputs is None and not asides and matmul.serves(self.linears, _flat(x)):
@@ -479,8 +477,7 @@ class InputGroup:
     def _dropped(self, x: torch.Tensor, adapter: Adapter) -> list[torch.Tensor]:
         """DoRA as peft: the base sees x, what changes in it sees x after dropout; two matmuls."""
         columns = adapter.a_RIs, adapter.b_ORs, adapter.scales, adapter.changes_O, adapter.squares_O
-        own = dict(zip(adapter.linears, zip(*columns, strict=True), strict=True))
-        outs = []
+        own, outs = dict(zip(adapter.linears, zip(*columns, strict=True), strict=True)), []
         for linear in self.linears:
             if linear not in own:
                 outs += FrozenMatmul.apply(x, (linear,), (), False, None)

@@ -315,8 +315,7 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device, extra="") -> 
         rule = f"model type {info.model_type} has attention classes of its own ({error})"
         remedy = "use --context_parallel 1" if cfg.context_parallel > 1 else "use --attn eager"
         raise UserError(f"--attn {chosen.attention}", rule, remedy) from None
-    head = _loss_head(hf_model, info)
-    names = stored_names(hf_model, info)
+    head, names = _loss_head(hf_model, info), stored_names(hf_model, info)
     inside = {at: name for name, at in names.items()}  # name in the files -> in the model
     known = (INDEXED.fullmatch(inside.get(at, "")) for at in info.linear_places())
     prefix = next((match["prefix"] for match in known if match), None)
@@ -603,8 +602,7 @@ def _build_body(
         raise UserError(got, rule, "check that config.json belongs to these weights", INTEGRITY)
     if store is None:
         return TrainedLayer(layer, (), None)
-    groups = replace_experts(layer, kind.linears, store)
-    linears = {}
+    groups, linears = replace_experts(layer, kind.linears, store), {}
     for name, index in places.items():
         stored = kind.linears[index].name
         linears[name] = lora.QuantizedLinear(built[name], partial(store.weight, index), stored)

@@ -102,8 +102,7 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     gain = gpu.gain(s.cfg.matmul) if s.tokens(setting) >= MIN_TOKENS_8_BIT else 1.0
     matmuls, is_8_bit = matmuls / (gain or 1.0), gain not in (0, 1)
     attention = 2.0 * s.layers * s.attention * s.cfg.context_length * tokens / ATTENTION_SHARE
-    head = 2.0 * s.head * tokens
-    lora = 2.0 * s.lora_passed * s.layers * tokens
+    head, lora = 2.0 * s.head * tokens, 2.0 * s.lora_passed * s.layers * tokens
     weight_grads = 2.0 * (s.num_trained(setting) - s.lora * s.layers) * tokens  # of whole weights
     num_full, num_selective = setting.count("full"), setting.count("selective")
     # A non-reentrant recomputation stops before the last matmul.
@@ -135,8 +134,7 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     if setting.hosts_inputs == DISK:
         inputs_s, disk_s = 0.0, inputs / gpu.disk_gbs / 1e9
     disk_s += setting.count(DISK) * s.layer_bytes / gpu.disk_gbs / 1e9
-    rows = []
-    passes = [(False, forward_s * s.cfg.passes), (True, backward_s)]
+    rows, passes = [], [(False, forward_s * s.cfg.passes), (True, backward_s)]
     passes += [(False, 2 * forward_s)] * (s.cfg.objective == "kto")  # other pairs, for its KL
     for is_backward, matmul_s in passes:
         is_twice = not is_backward and not s.is_kept_whole and s.cfg.passes > 1
@@ -154,8 +152,7 @@ def _copies(s: Sizes, setting: Setting, gpu: Device, is_backward: bool) -> tuple
     and enters each machine once; of copies, a machine's gradients are summed with the others'.
     """
     host_bytes_s, ranks = gpu.host_link_gbs * 1e9, setting.shares
-    peer_bytes_s = (gpu.peer_gbs or gpu.host_link_gbs) * 1e9
-    others = 1 - 1 / ranks
+    peer_bytes_s, others = (gpu.peer_gbs or gpu.host_link_gbs) * 1e9, 1 - 1 / ranks
     is_kept = is_backward and setting.keeps_gathered
     grouped = 0 if is_kept else setting.count("sharded", "offloaded")
     sliced = 0 if is_kept else setting.count("offloaded")
@@ -183,8 +180,8 @@ def num_steps(s: Sizes, setting: Setting) -> int | None:
     rows_per_step = setting.batch_size * setting.accumulation * num_readers
     if cfg.max_steps > 0 or s.num_rows is None:
         return cfg.max_steps if cfg.max_steps > 0 else None
-    num_rows = max(s.num_rows - cfg.num_held_out(s.num_rows), 1)
-    return math.ceil(math.ceil(num_rows / rows_per_step) * cfg.num_epochs)
+    num_rows = s.num_rows - cfg.num_held_out(s.num_rows)  # the last ones join the other steps
+    return math.ceil(max(num_rows // rows_per_step, 1) * cfg.num_epochs)
 
 
 class Outcome(NamedTuple):
@@ -306,8 +303,7 @@ def _settings(own: Setting, fixed: frozenset[str], has_gpus: bool) -> Iterator[t
     batches = [own.batch_size] if fixed & BATCHING else _divisors(per_step)
     counts = [num_layers * i // STEPS for i in range(STEPS + 1)]
     whole = [i for i, name in enumerate(own.placements) if name == "trained"]
-    num_frozen = num_layers - len(whole)
-    places = [place(num_layers, "sharded", 0, whole)]
+    num_frozen, places = num_layers - len(whole), [place(num_layers, "sharded", 0, whole)]
     for i in range(RESIDENT_STEPS + 1 if has_gpus else 0):
         places.append(place(num_layers, "streamed", num_frozen * i // RESIDENT_STEPS, whole))
     placements = list(dict.fromkeys(places))
@@ -410,7 +406,7 @@ def longest(info: ModelInfo, cfg: TrainConfig, machine: Machine, is_lean: bool =
         tried = [evaluate(info, run, setting_for(info, run, machine), machine) for run in runs]
         return not any(item.fits_safely for item in tried)
 
-    most = info.config.get("max_position_embeddings") or MOST_TOKENS
+    most = info.num_positions or info.config.get("max_position_embeddings") or MOST_TOKENS
     lengths = range(LENGTH_STEP, most + 1, LENGTH_STEP)
     return bisect.bisect_left(lengths, True, key=is_too_long) * LENGTH_STEP
 
@@ -440,8 +436,7 @@ Row = tuple[str, str, int, dict[str, Any]]  # words, what is lost, how much, cha
 
 def _single_changes(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> list[Row]:
     """What could be tried, as far as it changes anything."""
-    num_layers = info.num_layers
-    per_step = cfg.batch_size * cfg.gradient_accumulation_steps
+    num_layers, per_step = info.num_layers, cfg.batch_size * cfg.gradient_accumulation_steps
     hosted = {"use_cpu_offload": True, "offload_impl": "auto", "sharding_strategy": "full_shard"}
     sharded = {"use_cpu_offload": False, "sharding_strategy": "full_shard", "resident_layers": 0}
     recompute = {"selective_layers": 0, "uncheckpointed_layers": 0}

@@ -199,8 +199,7 @@ def _backward(s: Sizes, setting: Setting) -> list[Rows]:
 def _forward(s: Sizes, setting: Setting) -> list[Rows]:
     """The forward's end in the head, and its last layer."""
     tokens = s.tokens(setting)
-    wide = {"tokens": tokens, "bytes": s.item}
-    waiting = setting.per_visit, setting.hosts_inputs
+    wide, waiting = {"tokens": tokens, "bytes": s.item}, (setting.per_visit, setting.hosts_inputs)
     kept: Rows = {rows.KEPT: kept_by_level(s, tokens, setting.levels, *waiting)}
     if setting.num_visits > 1:
         kept[rows.GRADIENTS] = _gradients("of earlier micro-batches", s, setting)
@@ -540,8 +539,7 @@ def uses_graphs(s: Sizes, setting: Setting) -> bool:
         s: numbers of the run.
         setting: batch, levels.
     """
-    cfg = s.cfg
-    is_plain = s.lora > 0 and not s.magnitudes and s.active == s.weights
+    cfg, is_plain = s.cfg, s.lora > 0 and not s.magnitudes and s.active == s.weights
     has_one_length = cfg.dataset == "dummy" or setting.batch_size == 1 or cfg.packing == "off"
     return (
         s.kind == "cuda"

@@ -84,8 +84,7 @@ class RunPlan:
         length = -(-most_tokens // (cfg.batch_size * (1 + (cfg.num_answers == 2))))
         if found is None or length >= cfg.context_length:
             return self
-        shorter = dataclasses.replace(cfg, context_length=length)
-        candidates = list(self.candidates)
+        shorter, candidates = dataclasses.replace(cfg, context_length=length), list(self.candidates)
         candidates[self.fallback] = fit.evaluate(self.info, shorter, found.setting, self.machine)
         words = f"predicted for the {most_tokens:,} tokens of the largest micro-batch"
         return dataclasses.replace(self, candidates=tuple(candidates), rows_note=words)
@@ -649,7 +648,8 @@ def _fit_line(machine: Machine, found: Outcome) -> tuple[str, str]:
 
 def _time(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[tuple[str, str]]:
     parts = sorted(found.speed.parts_s.items(), key=lambda item: -item[1])
-    alone = ", ".join(f"{name} {_number(seconds)} s" for name, seconds in parts if seconds > 0.01)
+    least = min(0.01, parts[0][1])
+    alone = ", ".join(f"{name} {_number(seconds)} s" for name, seconds in parts if seconds >= least)
     is_measured = plan.machine.gpus and all(gpu.is_measured for gpu in plan.machine.gpus)
     words = f"{_pace(found.speed)}; bottleneck: {found.speed.bound} "
     words += f"(alone: {alone}; {'by measured speeds' if is_measured else 'speeds from a table'})"

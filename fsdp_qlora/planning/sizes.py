@@ -478,7 +478,7 @@ def setting_for(info: ModelInfo, cfg: TrainConfig, machine: Machine) -> Setting:
 
 
 def check_context(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> None:
-    """Refuse to cut rows over ranks where that is not exact.
+    """Refuse rows that the model has no positions for, or to cut them where that is not exact.
 
     Args:
         info: the model.
@@ -488,7 +488,10 @@ def check_context(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> None:
     Raises:
         UserError: the ranks or the model cannot do it (code 2).
     """
-    num, rule = cfg.context_parallel, ""
+    num, rule, most = cfg.context_parallel, "", info.num_positions
+    if most is not None and cfg.context_length > most:
+        got, rule = f"--context_length {cfg.context_length}", f"knows positions of {most} tokens"
+        raise UserError(got, f"a {info.model_type} model {rule}", f"use {most} or less")
     kinds = {*info.config.get("layer_types", ())} - {"full_attention", "sliding_attention"}
     if num > 1 and num_ranks % num:
         rule = f"shares each row among {num} ranks, and there are {num_ranks}"
@@ -645,8 +648,7 @@ class Sizes:
         """The numbers of a layer of one kind, by the names of attributes."""
         linears, is_lora = kind.linears, has_adapters(cfg)
         shapes = [linear.shape for linear in linears]
-        counts = [math.prod(shape) for shape in shapes]
-        own = [linear.format for linear in linears]
+        counts, own = [math.prod(shape) for shape in shapes], [linear.format for linear in linears]
         quantized, constants = quantized_bytes(shapes, cfg.format_name, own)
         active, num_experts = arch.active_linears(info, kind)
         o_proj = next((n for n in linears if n.name.endswith(("o_proj", ".dense"))), linears[0])

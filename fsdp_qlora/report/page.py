@@ -254,8 +254,7 @@ def predicted(run: Run, prefix: str) -> list[PageTable]:
         known = [phase for phase in PHASES if any(phase in part for part in (planned, *held))]
         for phase in known:
             sums = [sum(rank.get(phase, {}).values()) for rank in held] or [0.0]
-            who = sums.index(max(sums))
-            kind = "host" if held is hosts else "rank"
+            who, kind = sums.index(max(sums)), "host" if held is hosts else "rank"
             title = f"{prefix}{name}, {phase}" + f" ({kind} {who}, the highest)" * (len(sums) > 1)
             measured = held[who].get(phase, {}) if held else {}
             tables.append(_compared(title, order, planned.get(phase, {}), measured, aim))

@@ -144,16 +144,14 @@ def restore(trained: optim.Trained, saved: SavedCheckpoint | None) -> None:
         return
     shard.settle(trained.model)
     optimizer, schedule, state = trained.optimizer, trained.schedule, saved.state
-    file = _open(saved.path / WEIGHTS, trained.world)
-    names = [name for name, *_ in _named(trained)]
+    file, names = _open(saved.path / WEIGHTS, trained.world), [name for name, *_ in _named(trained)]
     if sorted(file.keys()) != sorted(names):
         other = sorted(set(file.keys()) ^ set(names))[:3]
         rule = f"does not have what this run trains ({', '.join(other)})"
         raise UserError(str(saved.path / WEIGHTS), rule, "start a new run", INTEGRITY)
     for name, param, local, rows in _named(trained):
         local.data.copy_(_slice(file.get_slice(name), name, param, local, rows))
-    by_param = dict(_read_states(trained, saved))
-    groups = optimizer.state_dict()["param_groups"]
+    by_param, groups = dict(_read_states(trained, saved)), optimizer.state_dict()["param_groups"]
     order = [param for group in optimizer.param_groups for param in group["params"]]
     numbered = {i: by_param[param] for i, param in enumerate(order) if by_param[param]}
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})

@@ -42,8 +42,7 @@ def train_step(
     guard.begin()
     hook("pre-forward")
     weights = losses.weigh(trained.model, preference, micro_batches, world)
-    loss_sum = torch.zeros((), device=world.device)
-    sums = torch.zeros(8, device=world.device)
+    loss_sum, sums = torch.zeros((), device=world.device), torch.zeros(8, device=world.device)
     hook("data")
     for start in range(0, len(micro_batches), trained.per_visit):
         together = micro_batches[start : start + trained.per_visit]

@@ -382,8 +382,7 @@ class MemoryTracker:
         """
         if moments_gib is None:
             moments_gib = optim.state_gib(self._optimizer)
-        found = self.held | {names.OPTIMIZER: moments_gib}
-        transients = self.transients.get(phase)
+        found, transients = self.held | {names.OPTIMIZER: moments_gib}, self.transients.get(phase)
         has_all_gradients = transients is None and self._num_visits > 1
         if phase == "optimizer" or (has_all_gradients and phase in STEP_PHASES):
             found[names.GRADIENTS] = sum(p.nbytes for p in self._params) / GIB
@@ -399,8 +398,7 @@ class MemoryTracker:
         Returns:
             Rows at the peak of each of STEP_PHASES, and the highest peak since the last step.
         """
-        taken = self.peaks.take()
-        now_gib = optim.state_gib(self._optimizer)
+        taken, now_gib = self.peaks.take(), optim.state_gib(self._optimizer)
         self._look_outside()
         moments_gib = dict.fromkeys(STEP_PHASES, self._moments_gib) | {"optimizer": now_gib}
         self._moments_gib = now_gib

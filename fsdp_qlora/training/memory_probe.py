@@ -92,8 +92,7 @@ def run(trained: optim.Trained, batches: Batches, tracker: memory.MemoryTracker)
     """
     model, world, cfg = trained.model, trained.world, tracker.plan.cfg
     assert isinstance(model, skeleton.QuantizedModel)
-    batch = longest_batch(batches, cfg, tracker.plan.info.vocab_size)
-    was_training = model.training
+    batch, was_training = longest_batch(batches, cfg, tracker.plan.info.vocab_size), model.training
     model.train()
     gpus = [world.device] if world.device.type == "cuda" else []
     with tracker.phase("memory probe"), torch.random.fork_rng(gpus):  # dropout draws as without it

@@ -298,8 +298,7 @@ class Recorder:
         mine = memory.process_memory(self._world.device, highest, self._sampler)
         mine["host_pinned_gib"] += self.tracker.pinned_gib
         mine["cpu_cores"] = self._process.cpu_percent() / 100
-        counts = [float(record[name]) for name in COUNTS]
-        host = self._host()
+        counts, host = [float(record[name]) for name in COUNTS], self._host()
         by_row = memory.encode(phases, self.tracker.share._replace(used_gib=host["host_used_gib"]))
         every = self._world.gather([*wishes, *counts, *mine.values(), *host.values(), *by_row])
         columns, begin = list(zip(*every, strict=True)), len(wishes)

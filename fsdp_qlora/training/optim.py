@@ -285,8 +285,7 @@ class NonFiniteGuard:
 
     def _look(self, grad: Tensor) -> None:
         """What goes wrong in the backward of later layers comes by here, before the ranks mix."""
-        is_bad = ~grad.sum(dtype=torch.float32).isfinite()
-        known = self._is_bad_here
+        is_bad, known = ~grad.sum(dtype=torch.float32).isfinite(), self._is_bad_here
         self._is_bad_here = is_bad if known is None else is_bad | known
 
     def begin(self) -> None:

@@ -327,8 +327,7 @@ def check(plan: run.RunPlan, saved: SavedCheckpoint | None = None, base: str | N
 
 def _check_libraries(cfg: TrainConfig) -> None:
     flash = "flash_attn" if cfg.attn == "flash_attention_2" else "torch"
-    kind = f"--train_type {cfg.train_type} --attn {cfg.attn}"
-    needs = TABLE["needs"]
+    kind, needs = f"--train_type {cfg.train_type} --attn {cfg.attn}", TABLE["needs"]
     needed = dict.fromkeys((*needs["always"], needs[TRAIN_TYPES[cfg.train_type].base], flash), kind)
     for name, got in (needed | {name: f"--log_to {name}" for name in cfg.trackers}).items():
         if importlib.util.find_spec(name) is None:

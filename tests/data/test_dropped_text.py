@@ -1,7 +1,11 @@
 """What a row holds and its rendering does not: refused, or counted and named; nothing is silent."""
 
+import dataclasses
+import datetime
 import importlib.util
 import json
+import re
+import types
 from pathlib import Path
 
 import jinja2
@@ -17,6 +21,7 @@ from tests import small_tokenizers
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 TRL = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
 OF_IMAGES = ("idefics3", "llava_next", "smolvlm")  # a text content is nothing to these
+STRICT = ("cohere", "cohere2", "gemma", "gemma3")  # they refuse two answers in a row
 AWKWARD = (
     *(
         "  Là-bas 😀😀\n",
@@ -240,3 +245,73 @@ def test_a_prompt_whose_end_no_row_holds_is_named_with_the_count(tmp_path):
             "2 rows do not hold the prompt that the template asks with, which ends so: "
         )
         assert note.endswith(r"/x.jsonl:2 'user:a</s>assistant:<think>\n'")
+
+
+def days(number):
+    """Stands for the module datetime on a day of January 2026."""
+    day = datetime.date(2026, 1, number)
+    return types.SimpleNamespace(date=types.SimpleNamespace(today=lambda: day))
+
+
+@pytest.mark.parametrize(("kind", "form"), [("llama3_2", "%d %b %Y"), ("gptoss", "%Y-%m-%d")])
+def test_the_day_that_a_template_writes_is_kept_with_the_run(tmp_path, monkeypatch, kind, form):
+    """Another day would be other tokens, other held-out rows, and a resume that is refused."""
+    source, row = (TRL / f"{kind}.jinja").read_text(encoding="utf-8"), chat("Hi", "Ho")
+    place = small_tokenizers.save(tmp_path / "m", "plain", chat_template=source)
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": row}) + "\n")
+    light, day = tokenizer.read(place), datetime.datetime(2026, 1, 30)
+
+    def tokens_of(kwargs):
+        cfg = config.parse([f"--dataset={tmp_path / 'x.jsonl'}", "--context_length=2000"])
+        cfg = dataclasses.replace(cfg, chat_template_kwargs=kwargs)
+        ready = prepare.prepare(cfg, light, 600)
+        ready.check()
+        notes = prepare.audit(cfg, ready, 1, 8).facts["notes"]
+        return ready.train[0].input_ids.tolist(), [note for note in notes if "date" in note]
+
+    monkeypatch.setattr(prepare, "datetime", days(30))
+    kept = prepare.dated(config.parse([]), place)
+    on_first, (note,) = tokens_of(None)
+    assert "it is 2026-01-30" in note
+    full = AutoTokenizer.from_pretrained(place)
+    fixed = source.replace(f'strftime_now("{form}")', repr(day.strftime(form)))
+    assert fixed != source and "strftime_now(" not in fixed
+    expected = full.apply_chat_template(row, chat_template=fixed)["input_ids"]
+    assert on_first == [*expected, full.eos_token_id]  # which these templates write in other words
+    monkeypatch.setattr(prepare, "datetime", days(31))
+    assert tokens_of(None)[0] != on_first == tokens_of(kept)[0]
+    more = config.parse(['--chat_template_kwargs={"date_string": "May 1"}'])
+    assert json.loads(prepare.dated(more, place, kept)) == {
+        "strftime_now": "2026-01-30",
+        "date_string": "May 1",
+    }
+    if kind == "llama3_2":
+        assert "May 1" in full.decode(tokens_of(prepare.dated(more, place, kept))[0])
+    with pytest.raises(UserError, match=r"cannot be written as text.*'31st'"):
+        tokens_of('{"strftime_now": "31st"}')
+    plain = small_tokenizers.save(tmp_path / "p", "plain", chat_template=ROLES)
+    assert prepare.dated(config.parse([]), plain) is None
+
+
+@pytest.mark.parametrize("path", sorted(TRL.glob("*.jinja")), ids=lambda path: path.stem)
+def test_each_of_two_answers_in_a_row_is_learned_once(path):
+    """As the marks of TRL's training templates have it; what stands between them is given."""
+    ours = tokenizer.Chat(path.read_text(encoding="utf-8"), NAMES, path.stem)
+    names, num_read = {"u": "user", "a": "assistant", "s": "system"}, 0
+    for roles in ("uaa", "uaaua", "uauaa", "suaa", "uaaa", "auaa"):
+        row = [{"role": names[r], "content": f"word{i}"} for i, r in enumerate(roles)]
+        turns = [i for i, role in enumerate(roles) if role == "a"]
+        try:
+            texts = ours.render(row, turns)
+        except tokenizer.Refused:
+            continue
+        if any(kind == "dropped" for kind, _ in tokenizer.find_lost(row, turns, texts, 9, None)):
+            continue
+        learned = "|".join(text.text[a:b] for text in texts for a, b in text.spans)
+        assert re.findall(r"word\d", learned) == [f"word{i}" for i in turns], learned
+        own = len(texts) == len(turns) > 1  # each text ends with its own answer
+        assert not own or [len(text.spans) for text in texts] == [1] * len(turns)
+        markers = [mark for mark in ("<|im_start|>", "<|start|>", "[INST]") if mark in learned]
+        assert not markers or path.stem.endswith("_training")
+        num_read += 1
+    assert num_read or path.stem.removesuffix("_training") in (*OF_IMAGES, *STRICT)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import config
-from fsdp_qlora.data import prepare, tokenizer
+from fsdp_qlora.data import batches, prepare, tokenizer
 from fsdp_qlora.errors import DONE, UserError
 from tests import small_tokenizers
 from tests.small_tokenizers import ROWS as REAL_ROWS
@@ -64,6 +64,29 @@ def test_the_users_example_has_their_numbers_of_steps(place, tmp_path):
     )
     assert found.facts["num_train"] == 10_748 and found.facts["num_repeated"] == 0
     assert facts(place, path, "--max_steps=5", world_size=4).facts["steps"]["4"]["in_all"] == 5
+
+
+@pytest.mark.parametrize("more", [(), ("--context_parallel=2", "--attn=sdpa")])
+def test_steps_of_packed_rows_are_those_of_the_run(place, tmp_path, more):
+    """The run's own batches, on every number of GPUs; each row once in an epoch."""
+    path = write(tmp_path / "x.jsonl", rows(90))
+    flags = ("--packing=on", "--context_length=128", "--batch_size=2", "--num_epochs=2.5")
+    cfg = config.parse([f"--dataset={path}", *flags, *more])
+    ready = prepare.prepare(cfg, tokenizer.read(place), 600)
+    found = prepare.audit(cfg, ready, 3, 8).facts["steps"]
+    for readers in (1, 2, 3):
+        count = found[str(readers * cfg.context_parallel)]
+        every = [
+            batches.PackedBatches(ready.train, 128, batches.sampler_config(cfg, readers, rank, 8))
+            for rank in range(readers)
+        ]
+        steps = range(count["per_epoch"])
+        seen = [
+            i for b in every for s in steps for m in b.micro_batches(s, b.sampler.rank) for i in m
+        ]
+        assert sorted(seen) == list(range(len(ready.train)))
+        assert count["in_all"] == every[0].num_steps < 90
+    assert facts(place, path, *flags, *more).facts["notes"] == []
 
 
 def test_every_loss_is_counted_and_named(place, tmp_path):

@@ -5,11 +5,13 @@ adapter, of rows padded and of rows one after the other, at every checkpointing 
 transformers + peft with each row alone.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -18,9 +20,9 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from fsdp_qlora import arch, config
+from fsdp_qlora import arch, config, inference
 from fsdp_qlora.arch.targets import TURNED
 from fsdp_qlora.data.batches import Batch, collate, flatten
 from fsdp_qlora.distributed.world import World
@@ -151,7 +153,6 @@ def reference(path: Path, lora: dict[str, torch.Tensor], cfg, samples) -> Result
     """What transformers and peft compute, a row at a time; or what hinders them."""
     from peft import LoraConfig, get_peft_model
     from peft.utils import transformers_weight_conversion
-    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"
@@ -433,6 +434,64 @@ def test_a_head_that_config_json_wants_and_the_files_lack_is_no_copy(tmp_path):
     edit_json(tmp_path / "config.json", tie_word_embeddings=False)
     with pytest.raises(UserError, match=r"1 tensor \(lm_head.weight\) in .*: absent from"):
         arch.read(str(tmp_path), need_weights=True)
+
+
+def tables_of(name: str, size: int) -> list[str]:
+    """Tensors of a model, built without memory, that grow with the positions it is to know."""
+    own = tiny_models.tiny_config(name)
+    own.get_text_config().max_position_embeddings = size
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(own)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors |= {f"{n}.{k}": t for n, m in model.named_modules() for k, t in vars(m).items()}
+    found = {n: t.shape for n, t in tensors.items() if isinstance(t, torch.Tensor)}
+    return [name for name, shape in found.items() if {size, size + 2} & {*shape}]
+
+
+def test_types_that_look_positions_up_are_known():
+    """XGLM makes its table longer when a row wants it."""
+    part = TABLE.read_text().partition("## Accepted")[2].partition("\n## ")[0]
+    names = {name.partition(",")[0] for name in re.findall(r"^\| ([a-z]\S+)", part, re.M)} - {
+        "type"
+    }
+    assert len(names) > 100
+    found = {name for name in names if tables_of(name, 53)} - {"xglm"}
+    assert found == {*arch.info.POSITION_TABLES}
+
+
+@pytest.mark.parametrize("name", [*arch.info.POSITION_TABLES, "xglm", "llama"])
+def test_rows_beyond_the_table_of_positions_are_refused_before_weights_are_read(tmp_path, name):
+    tiny_models.save(tmp_path, name)
+    keys = json.loads((tmp_path / "config.json").read_text()).keys()
+    key = "n_positions" if "n_positions" in keys else "max_position_embeddings"
+    edit_json(tmp_path / "config.json", **{key: 40})
+    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    ids = torch.arange(41)[None] + 3
+    made(ids[:, :40])
+    is_cut = name in arch.info.POSITION_TABLES
+    cfg = config.parse([f"--model_name={tmp_path}", "--weights=random", "--context_length=40"])
+    info = arch.read(cfg.model_name, need_weights=True)  # their headers
+    sizes.check_context(info, cfg, 1)
+    with pytest.raises((IndexError, RuntimeError)) if is_cut else contextlib.nullcontext():
+        made(ids)
+    words = f"a {name} model knows positions of 40 tokens; use 40 or less"
+    with pytest.raises(UserError, match=words) if is_cut else contextlib.nullcontext():
+        sizes.check_context(info, dataclasses.replace(cfg, context_length=41), 1)
+
+
+def test_an_answer_ends_at_the_last_position_that_the_model_knows(tmp_path, world):
+    tiny_models.save(tmp_path, "opt")
+    cfg = config.parse([f"--model_name={tmp_path}", *FLAGS])
+    model, *_ = build(cfg, world)
+    most = model.decoder.config.max_position_embeddings
+    names = {"eos_token_id": None, "name_or_path": ""}
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(map(str, ids)), **names)
+    said = inference.answer(model, tokenizer, [7] * (most - 4), 48, world)
+    assert len(said.split()) == 5  # the last one's place is never read
+    with pytest.raises(
+        UserError, match=f"a prompt of {most + 1} tokens: the model knows positions"
+    ):
+        inference.answer(model, tokenizer, [7] * (most + 1), 48, world)
 
 
 @pytest.mark.parametrize("window", [0, -1])

@@ -4,9 +4,12 @@ import dataclasses
 import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fsdp_qlora import arch, config, hardware
+from fsdp_qlora.data import batches
+from fsdp_qlora.data.tokens import Sample, of_samples
 from fsdp_qlora.hardware import GPUS, Device, Machine
 from fsdp_qlora.planning import fit, rows
 from fsdp_qlora.planning.sizes import Setting, Sizes, applied, place, setting_for, setting_of
@@ -312,9 +315,17 @@ def test_steps_are_known_where_rows_are_counted_cheaply(tmp_path: Path):
         cfg = config.parse(["--model_name=llama-2-7b", "--batch_size=2", *argv])
         return fit.num_steps(Sizes(info, cfg), setting_of(cfg, 32, 2))
 
-    assert steps(f"--dataset={path}", "--num_epochs=3") == 9  # 10 rows, 4 a step
-    assert steps(f"--dataset={path}", "--num_epochs=1.1") == 4
+    assert steps(f"--dataset={path}", "--num_epochs=3") == 6  # 10 rows, 4 or 5 a step
+    assert steps(f"--dataset={path}", "--num_epochs=1.1") == 3
     assert steps(f"--dataset={path}", "--eval_samples=2") == 2
+    for num in (1, 3, 7, 99, 100, 241):  # those of the run's own batches
+        path.write_text('{"text": "a"}\n' * num)
+        cfg = config.parse([f"--dataset={path}", "--batch_size=2", "--num_epochs=1.7"])
+        num_learned = num - cfg.num_held_out(num)
+        samples = [Sample(np.arange(9, dtype=np.int32), np.ones(9, bool))] * num_learned
+        learned = of_samples(samples, "x")
+        made = batches.make(cfg, learned, batches.sampler_config(cfg, 2, 0, 8))
+        assert steps(f"--dataset={path}", "--num_epochs=1.7") == made.num_steps
     assert steps("--dataset=alpaca") == 12_915  # 100 rows held out
     assert steps("--dataset=rows.parquet") is None
     assert steps("--dataset=rows.parquet", "--max_steps=7") == 7

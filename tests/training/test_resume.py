@@ -4,9 +4,11 @@ The runs are those of train.py on two gloo ranks, without its supervisor; test_r
 """
 
 import contextlib
+import datetime
 import io
 import json
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,33 @@ def break_off(world, whole: Path, out: Path, step: int) -> None:
         torn = record[done[-1] + 1] + record[done[-1] + 1][:40]  # one step more, and half a line
         (out / "metrics.jsonl").write_bytes(b"".join(record[: done[-1] + 1]) + torn)
     world.barrier()
+
+
+def _goes_on_the_next_day(world, place: Path) -> None:
+    from fsdp_qlora.data import prepare
+
+    template = place / "dated.jinja"
+    template.write_text("{{ strftime_now('%F') }}: {{ instruction }} {{ output }}")
+    flags = (*COMMON, f"--template={template}", "--max_steps=2", "--eval_split=0.2")
+    run(world, place, place / "today", *flags)
+    world.barrier()
+    tomorrow = datetime.date.today() + datetime.timedelta(1)
+    day = types.SimpleNamespace(today=lambda: tomorrow)
+    prepare.datetime = types.SimpleNamespace(date=day)
+    break_off(world, place / "today", place / "tomorrow", 1)
+    run(world, place, place / "tomorrow", *flags, "--resume=latest", "--chat_template_kwargs={}")
+    world.barrier()
+    assert traces(place / "tomorrow", 2) == traces(place / "today", 2)
+    used = [json.loads((place / n / "run_config.json").read_text()) for n in ("today", "tomorrow")]
+    assert used[0]["chat_template_kwargs"] == used[1]["chat_template_kwargs"]
+    with pytest.raises(UserError, match=r"with another .*tokens"):  # as before it was kept
+        kwargs = json.dumps({"strftime_now": str(tomorrow)})
+        more = f"--chat_template_kwargs={kwargs}"
+        run(world, place, place / "tomorrow", *flags, "--resume=latest", more)
+
+
+def test_a_run_goes_on_with_the_day_of_its_first_start(place: Path):
+    run_ranks(_goes_on_the_next_day, 2, place)
 
 
 def traces(out: Path, step: int = NUM_STEPS) -> tuple:
