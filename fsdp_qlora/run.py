@@ -174,6 +174,9 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         argv, saved = _choose_start(argv, world)
         is_silent = hooks.is_supervised() or world.rank > 0
         cfg, given = config.parse(argv, say=str if is_silent else print), config.given(argv)
+        if not is_alone:
+            idle = {"hang_timeout", "max_restarts", "master_port"}
+            _say_idle(idle & given, str if is_silent else print)
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
         begun = adapter.init_facts(None if saved else cfg.init_adapter)
         world.agree(preflight.facts(cfg, world.device) | begun)
@@ -209,6 +212,11 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
             exit_report.fail(cause, cfg, plan)
         raise cause from error
     return plan.cfg
+
+
+def _say_idle(names: set[str], say: Callable[[str], Any]) -> None:
+    if what := ", --".join(sorted(names)):
+        say(f"note      --{what}: without effect, what has started the ranks decides")
 
 
 def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
@@ -270,8 +278,7 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
             say(f"ranks     {size}, as RANK and WORLD_SIZE say; --world_size {asked} has no effect")
         is_port_taken = os.environ["MASTER_PORT"] == str(cfg.master_port)
         idle = {"max_restarts"} if is_port_taken else {"max_restarts", "master_port"}
-        if what := ", --".join(sorted(idle & config.given(argv))):
-            say(f"note      --{what}: without effect, what has started the ranks decides")
+        _say_idle(idle & config.given(argv), say)
         log = cfg.resolved_output_dir / exit_report.LOGS / f"rank{os.environ['RANK']}.log"
         hooks.enable_stack_dumps(log)
         join_and_run(argv, is_alone=True)
