@@ -174,9 +174,10 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         argv, saved = _choose_start(argv, world)
         is_silent = hooks.is_supervised() or world.rank > 0
         cfg, given = config.parse(argv, say=str if is_silent else print), config.given(argv)
-        if not is_alone:
-            idle = {"hang_timeout", "max_restarts", "master_port"}
-            _say_idle(idle & given, str if is_silent else print)
+        has_port = os.environ.get("MASTER_PORT") == str(cfg.master_port)
+        idle = {"max_restarts", *["master_port"][has_port:], *["hang_timeout"][is_alone:]}
+        if (what := ", --".join(sorted(idle & given))) and not is_silent:
+            print(f"note      --{what}: without effect, what has started the ranks decides")
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
         begun = adapter.init_facts(None if saved else cfg.init_adapter)
         world.agree(preflight.facts(cfg, world.device) | begun)
@@ -212,11 +213,6 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
             exit_report.fail(cause, cfg, plan)
         raise cause from error
     return plan.cfg
-
-
-def _say_idle(names: set[str], say: Callable[[str], Any]) -> None:
-    if what := ", --".join(sorted(names)):
-        say(f"note      --{what}: without effect, what has started the ranks decides")
 
 
 def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
@@ -276,9 +272,6 @@ def launch_ranks(argv: list[str], **followed: Any) -> int:
         size, asked = os.environ["WORLD_SIZE"], str(cfg.world_size)
         if size == "1" or asked not in ("-1", size, os.environ["LOCAL_WORLD_SIZE"]):
             say(f"ranks     {size}, as RANK and WORLD_SIZE say; --world_size {asked} has no effect")
-        is_port_taken = os.environ["MASTER_PORT"] == str(cfg.master_port)
-        idle = {"max_restarts"} if is_port_taken else {"max_restarts", "master_port"}
-        _say_idle(idle & config.given(argv), say)
         log = cfg.resolved_output_dir / exit_report.LOGS / f"rank{os.environ['RANK']}.log"
         hooks.enable_stack_dumps(log)
         join_and_run(argv, is_alone=True)

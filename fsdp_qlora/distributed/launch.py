@@ -632,10 +632,12 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> p
             rule = f"every machine must have as many ranks; these have {numbers}"
             remedy = "use full_shard, or as many ranks on each"
             raise UserError(f"--sharding_strategy {cfg.sharding_strategy}", rule, remedy)
-        note = "off: the machines have different numbers of ranks"
-        return plans.RunPlan(cfg, cfg, info, machine, note=note)
-    machine = dataclasses.replace(machine, num_machines=world.size // world.local_size)
-    found = plans.make(info, cfg, given, machine, plans.fallback_of(os.environ))
+        own, why = plans.settle(info, cfg, given, machine)
+        note = f"off: the machines have different numbers of ranks{why}"
+        found = plans.RunPlan(own, own, info, machine, note=note)
+    else:
+        machine = dataclasses.replace(machine, num_machines=world.size // world.local_size)
+        found = plans.make(info, cfg, given, machine, plans.fallback_of(os.environ))
     if not hooks.is_supervised():
         say = functools.partial(print, flush=True) if world.rank == 0 else lambda line: None
         world.each(lambda: plans.announce(found, say))

@@ -179,13 +179,34 @@ def learning_rate(cfg: TrainConfig, info: ModelInfo) -> float:
     return float(f"{lr / 10:.2g}") if cfg.num_answers else lr
 
 
+def settle(
+    info: ModelInfo, cfg: TrainConfig, given: frozenset[str], machine: Machine
+) -> tuple[TrainConfig, str]:
+    """Choose what the model and the kind of machine decide, unless the user says otherwise.
+
+    GPUs without bfloat16 compute in float16, CPUs in float32, and the learning rate follows the
+    width of the model.
+
+    Args:
+        info, cfg, given, machine: see `make`.
+
+    Returns:
+        The run, and why its precision is another: the end of a line, or "".
+    """
+    cfg = dataclasses.replace(cfg, lr=learning_rate(cfg, info))
+    lacking = [d.name for d in machine.gpus or (machine.cpu,) if not d.has_bf16]
+    if lacking and "precision" not in given and cfg.compute_dtype == "bfloat16":
+        precision, who = ("fp16_autocast", "a") if machine.gpus else ("fp32", "this")
+        with contextlib.suppress(UserError):  # raised by options that need bfloat16
+            cfg = dataclasses.replace(cfg, precision=precision)
+            return cfg, f"; precision {precision}, as {who} {lacking[0]} has no bfloat16"
+    return cfg, ""
+
+
 def make(
     info: ModelInfo, cfg: TrainConfig, given: frozenset[str], machine: Machine, fallback: int = 0
 ) -> RunPlan:
-    """Plan a run, and choose what the user has left open.
-
-    GPUs without bfloat16 compute in float16, CPUs in float32, and the learning rate follows the
-    width of the model, unless the user says otherwise.
+    """Plan a run, and choose what the user has left open: `settle`, then what fits.
 
     Args:
         info: the model.
@@ -201,13 +222,7 @@ def make(
         UserError: see check_context.
     """
     sizes.check_context(info, cfg, machine.num_ranks)
-    cfg = dataclasses.replace(cfg, lr=learning_rate(cfg, info))
-    why, lacking = "", [d.name for d in machine.gpus or (machine.cpu,) if not d.has_bf16]
-    if lacking and "precision" not in given and cfg.compute_dtype == "bfloat16":
-        precision, who = ("fp16_autocast", "a") if machine.gpus else ("fp32", "this")
-        with contextlib.suppress(UserError):  # raised by options that need bfloat16
-            cfg = dataclasses.replace(cfg, precision=precision)
-            why = f"; precision {precision}, as {who} {lacking[0]} has no bfloat16"
+    cfg, why = settle(info, cfg, given, machine)
     own = fit.evaluate(info, cfg, setting_for(info, cfg, machine), machine)
     if refusal := _not_fitted(cfg, given, machine):
         return RunPlan(cfg, cfg, info, machine, (own,), 0, refusal + why)

@@ -403,3 +403,27 @@ def test_what_is_chosen_fits_the_machine_with_the_least(monkeypatch):
     for plan, fits in ((same, False), (both[0], True)):
         setting = setting_for(plan.info, plan.cfg, dataclasses.replace(small, num_machines=2))
         assert fit.evaluate(plan.info, plan.cfg, setting, small).fits == fits
+
+
+def test_machines_of_unequal_ranks_choose_rate_and_precision_as_others_do(monkeypatch):
+    """A 3090 and two 2080 Ti, as -N2 -n3: alike on all ranks; where layers lie is as asked."""
+    argv = ["--model_name=llama-2-7b", "--weights=random", "--dataset=dummy", "--output_dir=x"]
+    cfg, given, found = config.parse(argv), config.given(argv), []
+    parts = [hardware.Machine(tuple(hardware.parse_gpus(n)), 64.0) for n in ("3090", "2x2080ti")]
+    every = [(1, parts[0]), (2, parts[1]), (2, parts[1])]
+    monkeypatch.setattr(launch.plans, "announce", lambda plan, say: None)
+    for rank, (size, machine) in enumerate(every):
+        world = SimpleNamespace(
+            **{"size": 3, "rank": rank, "local_size": size, "peers": [min(rank, 1)]},
+            **{"device": SimpleNamespace(type="cuda"), "each": lambda call: call()},
+            gather_objects=lambda mine: every if isinstance(mine, tuple) else [mine] * 3,
+        )
+        monkeypatch.setattr(launch.plans, "find_machine", lambda *_, own=machine: own)
+        found.append(launch.broadcast_plan(cfg, given, world))
+    first = found[0]
+    assert [plan.cfg for plan in found] == [first.cfg] * 3
+    assert first.cfg.precision == "fp16_autocast" and "a 2080Ti has no bfloat16" in first.note
+    alone = launch.plans.make(first.info, cfg, given, parts[1])
+    assert first.cfg.lr == alone.cfg.lr > cfg.base_lr
+    asked = dataclasses.replace(first.cfg, lr=cfg.lr, precision=cfg.precision)
+    assert asked == cfg
