@@ -106,6 +106,8 @@ def cache(argv: list[str]) -> int:
                 in_use.append(path.name)
                 continue
         print(f"{'cleared ' * is_clear}{gib:8.2f} GiB, used {day}: {path.name}, of {what}")
+    if not chosen:
+        print(f"nothing is cached in {root}")
     if in_use:
         raise UserError(", ".join(in_use), "is in use by a run", "wait for its end, and try again")
     return DONE
