@@ -174,10 +174,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         argv, saved = _choose_start(argv, world)
         is_silent = hooks.is_supervised() or world.rank > 0
         cfg, given = config.parse(argv, say=str if is_silent else print), config.given(argv)
-        has_port = os.environ.get("MASTER_PORT") == str(cfg.master_port)
-        idle = {"max_restarts", *["master_port"][has_port:], *["hang_timeout"][is_alone:]}
-        if (what := ", --".join(sorted(idle & given))) and not is_silent:
-            print(f"note      --{what}: without effect, what has started the ranks decides")
+        _say_idle(frozenset() if is_silent else given, cfg, is_alone)
         worlds.configure(world, cfg.gpu_budget_gib, cfg.seed, cfg.deterministic)
         begun = adapter.init_facts(None if saved else cfg.init_adapter)
         world.agree(preflight.facts(cfg, world.device) | begun)
@@ -190,8 +187,7 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
         cfg = launch.agree_output_dir(cfg, world)
         _watch(cfg, is_silent)
         if world.local_rank == 0 and own_dir not in (None, cfg.output_dir):
-            unused = f"--output_dir {own_dir} is not used"
-            print(f"note      rank 0 writes to {cfg.output_dir}; {unused}", flush=True)
+            print(f"note      rank 0 writes to {cfg.output_dir}; --output_dir {own_dir} is unused")
         if peers is not None:
             peers.follow(cfg.hang_timeout, cfg.resolved_output_dir)
         plan = launch.broadcast_plan(cfg, given, world)
@@ -213,6 +209,13 @@ def join_and_run(argv: list[str], poll: Poll = int, is_alone: bool = False) -> c
             exit_report.fail(cause, cfg, plan)
         raise cause from error
     return plan.cfg
+
+
+def _say_idle(given: frozenset[str], cfg: config.TrainConfig, is_alone: bool) -> None:
+    has_port = os.environ.get("MASTER_PORT") == str(cfg.master_port)
+    idle = {"max_restarts", *["master_port"][has_port:], *["hang_timeout"][is_alone:]}
+    if what := ", --".join(sorted(idle & given)):
+        print(f"note      --{what}: without effect, what has started the ranks decides")
 
 
 def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:

@@ -633,8 +633,7 @@ def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> p
             remedy = "use full_shard, or as many ranks on each"
             raise UserError(f"--sharding_strategy {cfg.sharding_strategy}", rule, remedy)
         own, why = plans.settle(info, cfg, given, machine)
-        note = f"off: the machines have different numbers of ranks{why}"
-        found = plans.RunPlan(own, own, info, machine, note=note)
+        found = plans.RunPlan(own, own, info, machine, note=f"off: unequal numbers of ranks{why}")
     else:
         machine = dataclasses.replace(machine, num_machines=world.size // world.local_size)
         found = plans.make(info, cfg, given, machine, plans.fallback_of(os.environ))

@@ -230,7 +230,7 @@ def test_a_restart_goes_on_from_the_disk_of_rank_0(place: Path):
     whole, broken, other = (f"--output_dir={place / name}" for name in ("whole", "broken", "other"))
     ranks = both(place, argv, (whole,), (other,))
     assert [rank.wait() for rank in ranks] == [DONE, DONE], ranks[1].err
-    line = f"rank 0 writes to {place / 'whole'}; --output_dir {place / 'other'} is not used"
+    line = f"rank 0 writes to {place / 'whole'}; --output_dir {place / 'other'} is unused"
     assert line in ranks[1].out and line not in ranks[0].out
     fault = {faults.VARIABLE: "kill:all:post-backward:4"}
     assert DONE not in [rank.wait() for rank in both(place, argv, (broken,), (other,), **fault)]
