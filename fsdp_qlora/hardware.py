@@ -394,9 +394,9 @@ def with_measured(devices: list[Device], link_gbs: float | None = None) -> list[
     found = []
     for device in devices:
         row = measured.get(_plain(device.name), {})
-        is_here = bool(row) or device.name == CPU.name  # the disk is that of this machine
-        every = (measured.get("disk", {}) if is_here else {}) | row
-        speeds: dict[str, Any] = {SPEEDS[key]: value for key, value in every.items()}
+        # The disk is that of this machine, on which a GPU was measured, or not.
+        disk = measured.get("disk", {}) if row or device.name == CPU.name else {}
+        speeds: dict[str, Any] = {SPEEDS[key]: value for key, value in (disk | row).items()}
         found.append(dataclasses.replace(device, **speeds | given, is_measured=bool(row)))
     return found
 

@@ -215,7 +215,7 @@ def _say_idle(given: frozenset[str], cfg: config.TrainConfig, is_alone: bool) ->
     has_port = os.environ.get("MASTER_PORT") == str(cfg.master_port)
     idle = {"max_restarts", *["master_port"][has_port:], *["hang_timeout"][is_alone:]}
     if what := ", --".join(sorted(idle & given)):
-        print(f"note      --{what}: without effect, what has started the ranks decides")
+        print(f"note      --{what}: without effect, what has started the ranks decides", flush=True)
 
 
 def _choose_start(argv: list[str], world) -> tuple[list[str], Any]:
