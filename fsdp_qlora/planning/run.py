@@ -25,10 +25,8 @@ from fsdp_qlora.planning.sizes import Sizes, adopt_format, applied, count_traine
 ENV = "FSDP_QLORA_PLAN"  # what the ranks need of the supervisor to plan for the same machine
 GROUPS = {"batch size": fit.BATCHING, "checkpointing": fit.KEEPING, "offload": fit.PLACING}
 UNKNOWN = dataclasses.replace(hardware.GPUS["3090"], name="unknown GPU", memory_gib=math.inf)
-WIDTH = 100
-WORTH = 1.03  # another setting is worth telling when it is this much faster
-WORDS = rows.WORDS
-IMAGINED = "2x24"
+WIDTH, WORTH = 100, 1.03  # another setting is worth telling when it is this much faster
+WORDS, IMAGINED = rows.WORDS, "2x24"
 Values = dict[str, Any]  # as JSON has them
 ALIASES = {"cards": cli.Alias("gpus", lambda text: text.replace(",", "+"))}  # a machine of both
 ALIASES |= {"gpu": cli.Alias("gpus")}
@@ -377,7 +375,9 @@ def parse(argv: Sequence[str]) -> Asked:
     values, faults = cli.Reader(PlanOptions, ALIASES).read(own)
     options, cfg, machines = PlanOptions(**values), TrainConfig(), dict[str, Machine]()
     try:
-        cfg = config.parse(rest, say=lambda line: print(line, file=sys.stderr))
+        cfg = config.parse(
+            rest, lambda line: print(line, file=sys.stderr), {*cli.options(PlanOptions)}
+        )
     except UserError as fault:
         faults.append(fault)
     try:
