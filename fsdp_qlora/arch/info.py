@@ -123,10 +123,9 @@ class Structure:
         Returns:
             Full name -> shape of every parameter of the model.
         """
+        layers = {f"{self.layers_prefix}.{i}": layer for i, layer in enumerate(self.layers)}
         return self.root | {
-            f"{self.layers_prefix}.{index}.{name}": shape
-            for index, layer in enumerate(self.layers)
-            for name, shape in layer.items()
+            f"{at}.{name}": layers[at][name] for at in layers for name in layers[at]
         }
 
     def kinds(self, kept: Mapping[str, str]) -> tuple[LayerKind, ...]:
@@ -401,11 +400,8 @@ class ModelInfo:
     @cached_property
     def names(self) -> frozenset[str]:
         """Of all tensors in the files, whether there are such or not."""
-        params = {
-            f"{self.layers_prefix}.{index}.{name}"
-            for index, kind in enumerate(self.by_layer)
-            for name, _ in kind.params
-        }
+        layers = {f"{self.layers_prefix}.{i}": kind for i, kind in enumerate(self.by_layer)}
+        params = {f"{at}.{name}" for at, kind in layers.items() for name, _ in kind.params}
         return frozenset(params | self.linear_places().keys() | dict(self.root_params).keys())
 
     @property
