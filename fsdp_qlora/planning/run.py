@@ -253,14 +253,10 @@ def _note(best: Outcome, own: Outcome, fallback: int) -> str:
     setting = best.setting
     placed, kept = _counts(setting.placements), _counts(setting.levels)
     words = f"{setting.accumulation} x {setting.batch_size} rows, layers {placed}"
-    why = f"fastest that fits, {best.speed.tokens_per_s / own.speed.tokens_per_s:.2f}x as asked"
-    if fallback:
-        why = f"fallback {fallback} from the fastest, which ran out of memory"
-    elif setting == own.setting:
-        why = "as asked for, nothing faster fits"
-    elif not own.fits:
-        why = "fastest that fits; what was asked for does not"
-    return f"{words}, checkpointing {kept}: {why}"
+    due = {"fallback": fallback, "asked": setting == own.setting, "other": not own.fits}
+    why = next((name for name in due if due[name]), "faster")
+    gain = best.speed.tokens_per_s / own.speed.tokens_per_s
+    return f"{words}, checkpointing {kept}: {WORDS['why'][why].format(number=fallback, gain=gain)}"
 
 
 def announce(plan: RunPlan, say: Callable[[str], None]) -> None:
