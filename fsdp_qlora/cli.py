@@ -255,6 +255,8 @@ def parse(argv: list[str], cls: type[OptionsT], usage: str, needed: Sequence[str
         if values.get(name) is None and f"--{name}" not in reported:
             faults.append(UserError(f"--{name}", "must be given", "--help tells what it means"))
     refuse(faults)
+    if "out" in values:  # of --out=~/x no shell makes a path
+        values["out"] = os.path.expanduser(values["out"] or "")
     return cls(**values)
 
 

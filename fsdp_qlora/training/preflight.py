@@ -67,8 +67,8 @@ def expand_resume(
         checkpoint: `argv`, None.
 
     Raises:
-        UserError: there is no such checkpoint, or it is damaged (code 5); its rows come from Python
-            that this command line does not name (code 2).
+        UserError: there is no such checkpoint, or it is damaged (code 5); there is no such
+            directory, or its rows come from Python that this command line does not name (code 2).
     """
     words = spell_out(argv)
     given = cli.Reader(TrainConfig, config.ALIASES, config.RECIPES_DIR).read_texts(words)
@@ -110,11 +110,12 @@ def _find(wanted: str | None, output_dir: str | None, notify: Say) -> SavedCheck
             raise UserError(got, rule, "leave it out: the run goes on there")
         return _checked(saved)
     number = len(checkpoint_store.steps(place))
+    if not place.is_dir() and wanted not in (LATEST, AUTO):
+        raise UserError(f"--resume {place}", "no such directory", "give that of a run")
     rule, remedy = "holds no whole checkpoint", "start anew without --resume"
     if number:
         rule += f" ({number} damaged)"
-        remedy = "repair one, or give another --output_dir"
-        remedy += "; --overwrite without --resume removes them"
+        remedy = "repair one, give another --output_dir, or remove them: --overwrite, no --resume"
     if number or wanted != AUTO:
         raise UserError(f"--resume {place}", rule, remedy, INTEGRITY)
     notify(f"resume    no whole checkpoint in {place}: a fresh start")
