@@ -120,6 +120,7 @@ class Graphs:
                 backward(forward()[1])
 
         self._aside(warm_up)
+        torch.cuda.empty_cache()  # of this, and of what layers have left that ran without graphs
         (out, saved), replay_forward = self._graph(forward)
         kept = [] if saved is None else [tensor for part in saved.results for tensor in part]
         grads, replay_backward = self._graph(partial(backward, saved))

@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from fsdp_qlora.model import cuda_graphs, layer, skeleton
+from fsdp_qlora.model import cuda_graphs, skeleton
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -79,13 +79,8 @@ def test_training_by_graphs_is_training(tmp_path):
     path = tiny.save_model(tmp_path / "model", num_hidden_layers=5, dtype=torch.bfloat16)
     cases = {(*place, *kept): num for place in PLACES.values() for kept, num in LEVELS.items()}
     off = [(*case, "--cuda_graphs=off") for case in cases]
-    for results in run_ranks(_train_all_levels, 1, path, [*cases, *off]):
+    for results in run_ranks(_train, 1, path, [*cases, *off]):
         _check(results, [*cases.values()])
-
-
-def _train_all_levels(world, path, cases):
-    with patch.object(layer, "GRAPHED_LEVELS", ("full", "selective")):
-        return _train(world, path, cases)
 
 
 def _again(self, work):
@@ -113,7 +108,7 @@ def _train_by_stand_in(world, path, cases):
         return None if setting == "off" else cuda_graphs.Graphs()
 
     with patch.multiple(cuda_graphs.Graphs, **own), patch.object(skeleton, "choose_graphs", chosen):
-        return _train_all_levels(world, path, cases)
+        return _train(world, path, cases)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

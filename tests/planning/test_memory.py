@@ -3,6 +3,7 @@
 Packed bytes and kept activations, which the plan knows without torch, are checked by torch.
 """
 
+import copy
 import dataclasses
 import json
 import subprocess
@@ -122,6 +123,16 @@ def test_graphs_of_a_small_batch_are_planned_with(placement, allocated_gib, rese
     assert 1.9 * whole_gib < pool_gib < 2.3 * whole_gib  # and what the steps before them left
 
 
+def test_graphs_of_selective_layers_are_planned_with():
+    """7B, 1 x 512, on one H200, 2026-11-30."""
+    found, setting = plan("7B 1x512", "sharded")
+    setting = dataclasses.replace(setting, num_ranks=1, levels=("selective",) * found.layers)
+    assert memory.uses_graphs(found, setting)
+    table = memory.device(found, setting)
+    assert near(table.allocated_gib, 5.94), table.allocated_gib
+    assert near(table.reserved_gib, 7.10, 0.09), table.reserved_gib
+
+
 def test_graphs_are_left_out_where_the_model_leaves_them_out():
     """Long batches, dropout, rows of several lengths laid one after the other, a CPU."""
     found, setting = plan("7B 1x512", "sharded")
@@ -135,6 +146,11 @@ def test_graphs_are_left_out_where_the_model_leaves_them_out():
     two = dataclasses.replace(setting, batch_size=2)
     assert not memory.uses_graphs(rows_of_users, two)
     assert memory.uses_graphs(rows_of_users, setting)
+    none = dataclasses.replace(setting, levels=("none",) * found.layers)
+    assert not memory.uses_graphs(found, none)
+    windows = copy.copy(found)
+    windows.is_uniform = False
+    assert not memory.uses_graphs(windows, setting)
 
 
 def test_unchecked_layers_cost_what_the_probe_measured():
