@@ -223,7 +223,7 @@ def evaluate(info: ModelInfo, cfg: TrainConfig, setting: Setting, machine: Machi
         setting: see Setting.
         machine: what there is.
     """
-    return _evaluate(Sizes(info, cfg, machine.kind), setting, machine)
+    return _evaluate(Sizes(info, cfg, machine.kind, machine.tflops), setting, machine)
 
 
 def _evaluate(s: Sizes, setting: Setting, machine: Machine) -> Outcome:
@@ -275,7 +275,8 @@ def explore(
     Returns:
         The outcomes, some that do not fit included.
     """
-    own, s = setting_for(info, cfg, machine), Sizes(info, cfg, machine.kind)
+    own = setting_for(info, cfg, machine)
+    s = Sizes(info, cfg, machine.kind, machine.tflops)
     outcomes: list[Outcome] = []
     hidden_batches = set()  # whose copies cost no time: to keep layers on the GPUs gains nothing
     for rising in _settings(own, fixed, bool(machine.gpus)):

@@ -549,7 +549,7 @@ def uses_graphs(s: Sizes, setting: Setting) -> bool:
         and setting.count("full", "selective") > 0
         and (cfg.packing != "on" and has_one_length)
         and (s.groups(setting) == cfg.context_parallel == 1)
-        and (s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK)
+        and (s.weights * s.tokens(setting) <= s.graph_work)
         and not is_tiled(s, s.tokens(setting), "full")
     )
 

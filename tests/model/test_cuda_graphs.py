@@ -1,5 +1,6 @@
 """CUDA graphs of a layer: the same numbers as without."""
 
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -17,11 +18,15 @@ class Alike(torch.nn.Module):
         self.norm = torch.nn.LayerNorm(8)
 
 
-def test_graphs_are_only_for_cards_and_layers_that_differ_in_their_weights_alone():
-    card = torch.device("cuda", 0)
+def test_graphs_are_only_for_cards_and_layers_that_differ_in_their_weights_alone(monkeypatch):
+    card, own = torch.device("cuda", 0), SimpleNamespace(name="NVIDIA H200", total_memory=2**37)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: own)
     alike = [Alike(i) for i in range(3)]
     assert cuda_graphs.choose("auto", alike, card, 1e9) is not None
     assert cuda_graphs.choose("auto", alike, card, 1e12) is None
+    assert cuda_graphs.choose("auto", alike, card, 4e11) is not None
+    own.name = "NVIDIA GeForce RTX 3090"  # whose matmuls take longer than the launches
+    assert cuda_graphs.choose("auto", alike, card, 4e11) is None
     assert cuda_graphs.choose("off", alike, card, 1e9) is None
     assert cuda_graphs.choose("auto", alike, torch.device("cpu"), 1e9) is None
     assert cuda_graphs.choose("auto", [*alike, Alike(3, use_rope=0)], card, 1e9) is None
