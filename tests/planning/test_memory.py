@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.arch.targets import find_targets
-from fsdp_qlora.hardware import GIB
+from fsdp_qlora.hardware import GIB, GPUS
 from fsdp_qlora.model import adapters, quantize, shard, skeleton
 from fsdp_qlora.model.quantize import build_layout
 from fsdp_qlora.planning import memory, rows
@@ -31,6 +31,7 @@ from fsdp_qlora.planning.sizes import (
 )
 
 COMMON = ["--lora_rank=16", "--lora_dropout=0", "--context_length=2048", "--save_every=0"]
+H200 = GPUS["H200"]
 # As recipes/llama-2-7b.md and llama-2-70b.md have them; two H200, two ranks.
 RUNS = {
     "7B 4x2048": ["--model_name=llama-2-7b", *COMMON, "--batch_size=4"],
@@ -58,13 +59,14 @@ def plan(
     info = arch.read(cfg.model_name, need_weights=False)
     own = setting_of(cfg, info.num_layers, 2)
     own = dataclasses.replace(own, placements=(placement,) * info.num_layers, **changes)
-    return Sizes(info, cfg), dataclasses.replace(own, levels=levels or own.levels)
+    s = Sizes(info, cfg, tflops=H200.bf16_tflops)
+    return s, dataclasses.replace(own, levels=levels or own.levels)
 
 
 def changed(s: Sizes, kind: str = "cuda", **options) -> Sizes:
     """The same model in another run."""
     info = arch.read(s.cfg.model_name, need_weights=False)
-    return Sizes(info, dataclasses.replace(s.cfg, **options), kind)
+    return Sizes(info, dataclasses.replace(s.cfg, **options), kind, H200.bf16_tflops)
 
 
 def on_gpu(*args, **changes) -> rows.Table:
