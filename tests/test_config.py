@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import __version__, cli, config
+from fsdp_qlora.__main__ import main
 from fsdp_qlora.config import ALIASES, TrainConfig, cfg_notes, parse
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, join
 from tests import timing
@@ -354,7 +355,8 @@ def test_the_configuration_that_is_printed_is_a_recipe_of_what_was_given(tmp_pat
         "1e-5",
         "--sample_prompt=a \"b\" 'ü'",
     ]
-    text = ended(capsys, *argv, "--print-config")
+    text = ended(capsys, *argv, "--print-config", "--do_train")
+    assert "# note      --do_train has no effect" in text
     path = tmp_path / "again.toml"
     path.write_text(text)
     again = ["--recipe", str(path)]
@@ -393,6 +395,14 @@ def test_names_of_other_trainers_mean_what_they_mean_there(tmp_path):
     assert (cfg.context_length, cfg.save_every, cfg.log_to, cfg.packing) == (64, "7", "tqdm", "off")
     assert (cfg.lora_target_modules, cfg.eval_every) == ("k_proj", "epoch")
     assert parse(["--eval_samples=0", "--bf16=1"]).eval_split is None
+    bare = ["--do_train", "--use_peft", "--stage", "dpo", "--r=8", "--precompute_ref_log_probs"]
+    cfg = parse(bare, say=(told := list[str]()).append)
+    assert (cfg.objective, cfg.reference, cfg.lora_rank) == ("dpo", "cached", 8)
+    assert [note.split()[1] for note in told] == ["--do_train"] and parse(
+        ["--bf16=auto"]
+    ).lr is None
+    assert parse(["--bf16", "false"], say=told.append).precision == "bf16"
+    assert told[1:] == [f"note      --bf16 has no effect: {config.ALIASES['bf16'].reason}"]
     plain = parse(["--load_in_4bit=false"])  # a 16-bit base, unless it is in 8 bit
     assert (plain.train_type, plain.format_name) == ("lora", "bf16")
     plain = parse(["--load_in_4bit=false", "--load_in_8bit=true"])
@@ -403,12 +413,31 @@ def test_names_of_other_trainers_mean_what_they_mean_there(tmp_path):
         ("--deepspeed z.json", "see --sharding_strategy"),
         ("--load_in_4bit true --train_type lora", "means the same"),
         ("--learning_rte 1", "did you mean --lr?"),
+        ("--trust_remote_code", "leave it out: code of a model never runs"),  # bare, as they write
+        ("--stage rm", "use sft, dpo"),
         ("--packing maybe", "use auto, on, off"),
     ):
         assert words in faults_of(*wrong.split())
     names = {*config.ALIASES} & {*cli.options(TrainConfig)}
     options = {alias.option for alias in config.ALIASES.values()} - {"", *cli.options(TrainConfig)}
     assert (names, options) == (set(), set())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("plan --explian", "did you mean --explain?"),
+        ("data --row 2", "did you mean --rows?"),
+        ("generate --model_name x --promt y", "did you mean --prompt?"),
+        ("evaluate --model_name x --task y", "did you mean --tasks?"),
+        ("plan --gpus foo", "no such GPU; write a name, such as 3090"),
+        ("watch tests --port 70000", "give another"),
+        ("cache list nothing-of-that-name", "no such entry"),
+    ],
+)
+def test_a_command_hints_at_its_own_options(argv: str, words: str):
+    with pytest.raises(UserError, match=re.escape(words)):
+        main(argv.split())
 
 
 def test_the_same_fault_given_many_times_is_said_once():

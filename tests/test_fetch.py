@@ -173,13 +173,14 @@ def reachable(name: str, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_answers_and_is_the_known_model(tmp_path: Path) -> None:
+def test_smollm2_answers_and_is_the_known_model(tmp_path: Path, capsys) -> None:
     """The real package: shape, tokenizer and an answer. Rotary rows out of order give noise."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = tmp_path / "model"
     reachable("smollm2", path)
+    assert "it/s" not in capsys.readouterr().err  # a bar, where there is no terminal
     weights = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     assert weights == SMOLLM2_WEIGHTS
     info = arch.read(str(path), need_weights=True)

@@ -166,7 +166,12 @@ NAMES = {
     "5090 d": "5090D",
 }
 HINTS = {"3091": "mean 3090", "4090 Ti": "mean 4090", "4085": "mean 4080", "H300": "mean H200"}
-HINTS |= {"4060Ti-12G": "mean 4060Ti-8G", "0x24": "no list", "9999": "known", "A1000": "known"}
+HINTS |= {
+    "4060Ti-12G": "mean 4060Ti-8G",
+    "0x24": "no list",
+    "9999": "such as 3090",
+    "A1000": "such as",
+}
 
 
 def test_gpus_are_read_from_a_list():

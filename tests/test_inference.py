@@ -123,6 +123,16 @@ def test_evaluate_finds_the_losses_of_the_run(finished):
     assert after < before - 0.5
 
 
+def test_figures_are_printed_where_their_record_cannot_be_written(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference, "_held_out", lambda opened: {})
+    shutil.copytree(opened.adapter.path, tmp_path / "run")
+    (tmp_path / "run" / "evaluation.json").unlink(missing_ok=True)
+    (tmp_path / "run" / "evaluation.json").mkdir()
+    with pytest.raises(UserError, match=r"evaluation.json: .*; see to its directory") as caught:
+        inference.evaluate(["--adapter", str(tmp_path / "run")])
+    assert caught.value.code == ENVIRONMENT
+
+
 def test_python_that_only_the_adapter_names_never_runs(finished):
     """`evaluate` says how to name it, and runs it then; `generate` needs no rows."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "run_config.json"):
@@ -360,7 +370,9 @@ def opened(finished, monkeypatch):
     found.close()
 
 
-def test_a_file_of_prompts_is_answered_in_its_order_as_one_by_one(opened, tmp_path, capsys):
+def test_a_file_of_prompts_is_answered_in_its_order_as_one_by_one(
+    opened, tmp_path, capsys, monkeypatch
+):
     """In fp32, four at a time, padded for the kernel that has no masks, too."""
     from fsdp_qlora.model.attention import PLAIN
 
@@ -381,6 +393,15 @@ def test_a_file_of_prompts_is_answered_in_its_order_as_one_by_one(opened, tmp_pa
         inference.generate([*argv, "--prompt", question])
         assert capsys.readouterr().out.strip() == row["answer"].strip()
     assert len({row["answer"] for row in found}) > 2
+    written = (tmp_path / "out.jsonl").read_text()
+    more = [*argv, *files[:2], "--max_new_tokens=6", "--batch_size=4", "--out"]
+    assert inference.generate([*more, str(tmp_path / "new" / "out.jsonl")]) == DONE
+    assert (tmp_path / "new" / "out.jsonl").read_text() == written
+    assert os.listdir(tmp_path / "new") == ["out.jsonl"] and capsys.readouterr().err == ""
+    monkeypatch.setattr(inference, "open_run", lambda *rest: pytest.fail("opened"))
+    for out in (tmp_path, tmp_path / "out.jsonl" / "x"):  # before anything is answered
+        with pytest.raises(UserError, match=r"--out .*; give another"):
+            inference.generate([*more, str(out)])
     for flags in (files[:2], files[2:], [*files, "--chat"]):
         with pytest.raises(UserError, match="FILE: go together, without --prompt"):
             inference.generate([*argv, *flags])
@@ -427,8 +448,8 @@ def test_a_chat_has_commands(opened, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         type(opened), "encode", lambda self, turns, raw: asked.append([*turns]) or [5, 6]
     )
-    lines = ["/help", "a", f"/save {file}", "/system be short", "b", "/reset", "c", f"/save {file}"]
-    lines += [f"/save {tmp_path}/none/x", "/quit", "d"]
+    lines = ["/help", "a", f"/save {file}", "/system be short", f"/save {file}", "b", "/reset"]
+    lines += ["c", f"/save {file}", f"/save {tmp_path}/none/x", "/quit", "d"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     argv = ["--adapter", str(opened.adapter.path), "--num_tokens=2", "--chat", "--prompt=first"]
     assert inference.generate(argv) == DONE

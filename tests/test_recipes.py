@@ -96,6 +96,9 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
     assert main(["recipe", "list"]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert listed == [path.stem for path in RECIPES]
+    assert main(["recipe", "list", "llama-3"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == ["llama-3.1-8b", "llama-3.3-70b"]
     assert main(["recipe", "show", "qwen3-8b"]) == 0
     assert capsys.readouterr().out == (RECIPES[0].parent / "qwen3-8b.toml").read_text()
     assert main(["recipe", "copy", "qwen3-8b"]) == 0
@@ -106,6 +109,7 @@ def test_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
         (["show", "qwen"], "recipes here: dialogues"),
         (["show"], "no such recipe"),
         (["copi"], "invalid choice"),
+        (["list", "no-such"], "no such recipe"),
     ):
         with pytest.raises(UserError, match=said):
             main(["recipe", *words])

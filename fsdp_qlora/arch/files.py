@@ -167,12 +167,10 @@ def download(hub_name: str, files: list[str], left_out: list[str] = LEFT_OUT) ->
     from huggingface_hub import snapshot_download
 
     name, _, revision = hub_name.partition("@")
+    wanted: dict[str, Any] = {"allow_patterns": files, "ignore_patterns": left_out}
     try:
         with cli.Progress(f"asks the hub for {name}"):
-            found = snapshot_download(
-                name, revision=revision or None, allow_patterns=files, ignore_patterns=left_out
-            )
-        return Path(found)
+            return Path(snapshot_download(name, revision=revision or None, **wanted))
     except Exception as error:  # the transport's own errors differ between releases of the hub's
         kind = next((row.__name__ for row in type(error).__mro__ if row.__name__ in HUB), None)
         if kind is not None:
@@ -261,19 +259,14 @@ def without_bytes(table: dict[str, list[int]] | None, config: dict) -> Refs:
     if table is None:
         command = [sys.executable, "-c", BUILDER]
         with cli.Progress(f"asks transformers what a {config['model_type']} holds"):
-            done = subprocess.run(
-                command, input=json.dumps(config), capture_output=True, text=True, check=False
-            )
+            done = subprocess.run(command, input=json.dumps(config), capture_output=True, text=True)
         if done.returncode:
             why = one_line(done.stderr.strip().rpartition("\n")[2])
             rule = f"models are read from their files only ({why[:200] or 'transformers failed'})"
             raise UserError(config["model_type"], rule, "add the *.safetensors files")
         table = json.loads(done.stdout)
-    return {
-        name: TensorRef(Path(), "BF16", tuple(shape), 0, 2 * math.prod(shape))
-        for pattern, shape in table.items()
-        for name in _numbered(pattern)
-    }
+    shapes = {name: tuple(table[pattern]) for pattern in table for name in _numbered(pattern)}
+    return {n: TensorRef(Path(), "BF16", at, 0, 2 * math.prod(at)) for n, at in shapes.items()}
 
 
 def _numbered(pattern: str) -> list[str]:

@@ -139,10 +139,8 @@ def expert_sides(info: ModelInfo, index: int) -> list[tuple[Linear, int]]:
     num, stem = len({number for _, number, _ in found}), f"{next(iter(found))[0]}.experts"
     name = JOINED if {0, 3} & {*parts} else "up_proj"
     wide = sum(linear.out_features for linear in ins), ins[0].in_features
-    return [
-        (Linear(f"{stem}.{name}", *wide, False), num),
-        (Linear(f"{stem}.down_proj", *parts[2].shape, False), num),
-    ]
+    down = Linear(f"{stem}.down_proj", *parts[2].shape, False)
+    return [(Linear(f"{stem}.{name}", *wide, False), num), (down, num)]
 
 
 def peft_name(name: str) -> str:

@@ -31,8 +31,7 @@ from fsdp_qlora.errors import DONE, UserError, join, one_line
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 FEWEST_KEPT_BYTES = 2**20  # less is tokenized sooner than it is read back
-NUM_EXAMPLES = 3
-MOST_CHARS = 700  # of a stretch of text that is shown
+NUM_EXAMPLES, MOST_CHARS = 3, 700  # the latter of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
 LOSSES = ("cut", "empty", "beyond", "repeated", "same")
@@ -169,8 +168,7 @@ def dated(cfg: TrainConfig, place: Path | None, stored: str | None = None) -> st
 
 def _choose(cfg: TrainConfig, tokenizer: TextTokenizer) -> RowFormatter:
     """How the rows of a run become text."""
-    how = (cfg.train_on, cfg.system_prompt)
-    found = row_formats.choose(cfg.template, tokenizer.chat(), tokenizer.names, *how)
+    found = row_formats.choose(cfg.template, tokenizer.chat(), cfg.train_on, cfg.system_prompt)
     kwargs = json.loads(cfg.chat_template_kwargs or "{}")
     unread = set(found.chat.unread(kwargs)) & set(found.chat.unread(kwargs, tools=True))
     if unread:
@@ -541,7 +539,7 @@ def main(argv: list[str]) -> int:
     own, run_argv = parser.parse_known_args(argv)
     if not (own.rows or "").isdecimal():
         raise UserError(f"--rows {own.rows}", "must be a whole number", "default is 3")
-    cfg = config.parse(run_argv, say=lambda line: print(line, file=sys.stderr))
+    cfg = config.parse(run_argv, lambda line: print(line, file=sys.stderr), ("rows", "json"))
     info, is_dummy = arch.read(cfg.model_name, need_weights=False), cfg.dataset == sources.DUMMY
     path = Path() if is_dummy else _tokenizer_directory(cfg.model_name, info)
     text_tokenizer = None if is_dummy else tokenizer.read(path)

@@ -16,8 +16,7 @@ from fsdp_qlora.errors import UserError, one_line, one_line_of
 
 ASSISTANT = "### Assistant:"
 TOOL_COLUMNS = ("tools", "functions")
-KWARGS = "chat_template_kwargs"
-HISTORY = "history"
+KWARGS, HISTORY = "chat_template_kwargs", "history"
 LABEL_PROMPT = "Find what the text names and answer with the labels as JSON."
 NOT_TRAINED = -100
 NOTHING: tuple[Any, ...] = (None, "", [], {})  # in a column
@@ -466,18 +465,13 @@ def _check_columns(columns: tuple[str, ...], row: dict) -> None:
 
 
 def choose(
-    template: str | None,
-    chat: Chat,
-    names: Mapping[str, str],
-    train_on: str = "assistant",
-    system: str | None = None,
+    template: str | None, chat: Chat, train_on: str = "assistant", system: str | None = None
 ) -> RowFormatter:
     """Find out what --template means.
 
     Args:
         template: a name in NAMES, a Jinja file, text with {columns}, or None for what fits a row.
         chat: the tokenizer's chat template.
-        names: texts of its special tokens by name.
         train_on: what is learned.
         system: system prompt, or None.
 
@@ -493,7 +487,7 @@ def choose(
         return RowFormatter(chat, train_on, system, format_name=template)
     if template.endswith((".jinja", ".jinja2", ".j2")):
         source = sources.read_own_file(Path(template), "--template", "give a Jinja file")
-        jinja = Chat(source, names, template)
+        jinja = Chat(source, chat.names, template)
         if "messages" in jinja.variables:
             return RowFormatter(jinja, train_on, system, format_name=CHAT)
         jinja.forbid_undefined()

@@ -545,9 +545,8 @@ def _run(attempt: Attempt, stops: Sequence[int]) -> ExitReport:
         watch = Watch(board.fileno(), cfg.hang_timeout)
         ended = run_ranks(specs, attempt.start, stops, watch, attempt.poll)
     saved = None if ended.is_done else checkpoint_store.latest(output_dir)
-    how_to_resume = f"continue with {errors.resume_of(output_dir)}" * bool(
-        saved and saved.is_finite
-    )
+    can_resume = saved is not None and saved.is_finite
+    how_to_resume = f"continue with {errors.resume_of(output_dir)}" * can_resume
     num_kills = hardware.oom_kills(cgroup) - num_kills
     return exit_report.diagnose_exit(ended, output_dir, how_to_resume, num_kills, plan)
 

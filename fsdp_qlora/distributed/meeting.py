@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line
+from fsdp_qlora.errors import ENVIRONMENT, UserError, cut, one_line
 
 MEETING_S = 300.0  # for all ranks to come
 REMIND_S, LINGER_S, POLL_S = 30.0, 20.0, 0.1
@@ -245,7 +245,8 @@ def compare(every: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> None:
         other = [rank for rank, value in enumerate(values) if value != values[0]]
         if other:
             others[name] = f"rank {other[0]} ({hosts[other[0]]})"
-            first, second = _shown(values[0]), _shown(values[other[0]])
+            pair = (one_line(str(values[rank])) for rank in (0, other[0]))
+            first, second = (cut(text, MOST_CHARS) for text in pair)
             rows.append(f"{name:<24}{first:<{MOST_CHARS}}  {others[name]}: {second}")
     if others:
         who, rule = ", ".join(dict.fromkeys(others.values())), f"differ in {', '.join(others)}"
@@ -253,8 +254,3 @@ def compare(every: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> None:
         error = UserError(f"rank 0 ({hosts[0]}) and {who}", rule, remedy)
         error.__notes__ = rows[: MOST_ROWS + 1]
         raise error
-
-
-def _shown(value: Any) -> str:
-    text = one_line(str(value))
-    return text if len(text) <= MOST_CHARS else f"{text[: MOST_CHARS - 3]}..."

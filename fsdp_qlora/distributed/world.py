@@ -423,17 +423,13 @@ def configure(world: World, budget_gib: float | None, seed: int, is_exact: bool 
     device = world.device
     torch.manual_seed(seed + world.rank)
     if is_exact:
-        _be_deterministic()
+        torch.use_deterministic_algorithms(True)  # warn_only would leave attention as it is
+        deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # never read
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers, for flash-attn
     if device.type == "cuda" and budget_gib is not None:
         total_bytes = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(budget_gib * 2**30 / total_bytes, 1.0))
-
-
-def _be_deterministic() -> None:
-    torch.use_deterministic_algorithms(True)  # warn_only would leave attention as it is
-    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # never read
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # transformers, for flash-attn
 
 
 def check_links(world: World, timeout_s: float = 20.0) -> None:

@@ -27,8 +27,7 @@ from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TRAIN_TYPES, TrainConfig,
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import ENDS
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 REFERENCE_NAME = "model_state_dict.safetensors"  # what AnswerDotAI/fsdp_qlora saves
 RECORD_KEY = "fsdp_qlora"
 LAYERS_NAME = "new_layers.safetensors"  # of LLaMA-Pro, by the names of the model's files
@@ -319,13 +318,11 @@ def check_init(cfg: TrainConfig, info: ModelInfo, say: Callable[[str], Any]) -> 
         check(adapter, info)
     held: dict[Any, int] = {name: pair.rank for name, pair in adapter.pairs.items()}
     held |= {str(place): pair.rank for place, pair in adapter.expert_places.items()}
-    wanted = {
-        str((index, row.linear.last_name != "down_proj"))
-        if row.num_experts > 1
-        else info.outer_name(f"{info.layers_prefix}.{index}.{row.linear.name}"): row.rank
-        for index, layer in enumerate(find_targets(info, cfg))
-        for row in layer
-    }
+    wanted, layers = dict[str, int](), enumerate(find_targets(info, cfg))
+    for index, row in ((index, row) for index, layer in layers for row in layer):
+        name = info.outer_name(f"{info.layers_prefix}.{index}.{row.linear.name}")
+        expert = str((index, row.linear.last_name != "down_proj"))
+        wanted[expert if row.num_experts > 1 else name] = row.rank
     own_scales = {pair.scale for pair in adapter.experts.values()}
     if own_scales and own_scales != {pair.scale for pair in adapter.pairs.values()}:
         rule = "scales the experts' matrices otherwise than those of the linears"

@@ -334,9 +334,10 @@ def expand(argv: list[str]) -> int:
         model_files.copy_beside(draft, info, None, **changes)
         if tokens is not None:
             model_files.write_tokens(draft, tokens.core)
-    flags = f"--train_type qlora --model_name {out} --modules_to_save embed_tokens,lm_head"
+    name = shlex.quote(str(out))
+    flags = f"--train_type qlora --model_name {name} --modules_to_save embed_tokens,lm_head"
     if added:
-        flags = f"--train_type bnb_llama_pro --llama_pro_path {out}"
+        flags = f"--train_type bnb_llama_pro --llama_pro_path {name}"
         print(f"layers    {info.num_layers} and {num_new} new ones, numbers {added}")
     if tokens is not None:
         print(f"tokens    {tokens.core.get_vocab_size():,}, embeddings of {tokens.num_rows:,} rows")

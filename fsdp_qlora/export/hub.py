@@ -57,32 +57,23 @@ def card_text(cfg: TrainConfig, info: arch.ModelInfo, run: record.Run | None) ->
 
     name, kind = cfg.resolved_output_dir.name, TRAIN_TYPES[cfg.train_type].adapter
     base, _ = split_name(cfg.model_name)
-    header = ModelCardData(
-        base_model=base if _is_hub_name(base) else None,
-        library_name="peft" if kind in ("lora", "dora") else "transformers",
-        pipeline_tag="text-generation",
-        datasets=[cfg.dataset.partition(":")[0]] if _is_hub_name(cfg.dataset) else None,
-        tags=[kind, "fsdp_qlora", cfg.train_type],
-    )
+    tags = [kind, "fsdp_qlora", cfg.train_type]
+    header = ModelCardData(pipeline_tag="text-generation", tags=tags)
+    header.base_model = base if _is_hub_name(base) else None
+    header.library_name = "peft" if kind in ("lora", "dora") else "transformers"
+    header.datasets = [cfg.dataset.partition(":")[0]] if _is_hub_name(cfg.dataset) else None
     tables = {"Training": _facts(cfg, info, run)}
     if run is not None:
         tables |= {"Results": _results(run), "Versions": run.table("versions")}
     options = {flag: value for flag, value in to_dict(cfg).items() if flag not in record.OWN_FLAGS}
     merge = f"--adapter {shlex.quote(name)} --out {shlex.quote(name + '-merged')}"
-    card = ModelCard.from_template(
-        header,
-        template_path=str(CARD),
-        title=one_line(name),
-        path=repr(name),
-        kind=kind,
-        base=one_line(cfg.model_name).replace("`", "'"),
-        form=cfg.format_name,
-        loader="AutoModelForCausalLM" if kind == "full" else "AutoPeftModelForCausalLM",
-        merge=f"python -m fsdp_qlora export merged {merge}",
-        tables={title: [map(_cell, row) for row in rows.items()] for title, rows in tables.items()},
-        command=record.command(options),
-    )
-    return f"{card}\n"
+    words = {"title": one_line(name), "path": repr(name), "kind": kind, "form": cfg.format_name}
+    words["base"] = one_line(cfg.model_name).replace("`", "'")
+    words["loader"] = "AutoModelForCausalLM" if kind == "full" else "AutoPeftModelForCausalLM"
+    words["merge"] = f"python -m fsdp_qlora export merged {merge}"
+    words["command"] = record.command(options)
+    cells = {title: [map(_cell, row) for row in rows.items()] for title, rows in tables.items()}
+    return f"{ModelCard.from_template(header, template_path=str(CARD), tables=cells, **words)}\n"
 
 
 def _is_hub_name(name: str) -> bool:

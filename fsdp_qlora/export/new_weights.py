@@ -48,8 +48,7 @@ FILE_NAME = re.compile(r"^~/|^\.{0,2}/\w|\w\.\w{1,5}$")  # no token that anybody
 MULTIPLE = 8  # of embedding rows: tensor cores want it
 CHUNK_TOKENS = 64  # compared at once
 WEIGHT_BYTES = 10  # of one number: stored, rounded and as float32
-LOGITS_COPIES = 4
-SEED = 0  # of random tokens
+LOGITS_COPIES, SEED = 4, 0  # the latter of random tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,11 +363,9 @@ class Expansion:
             layer, _, rest = name.removeprefix(stem).partition(".")
             places = enumerate(self.order) if name.startswith(stem) else ()
             is_zero = not INTO_RESIDUAL.isdisjoint(rest.split("."))
-            self.sources += [
-                (name, f"{stem}{number}.{rest}", is_zero and number in added)
-                for number, old in places
-                if old == int(layer)
-            ] or [(name, name, False)]
+            copies = [number for number, old in places if old == int(layer)]
+            own = [(name, f"{stem}{n}.{rest}", is_zero and n in added) for n in copies]
+            self.sources += own or [(name, name, False)]
         if sum(is_zero for _, _, is_zero in self.sources) < 2 * len(added):
             rule = f"none of {', '.join(sorted(INTO_RESIDUAL))} is in each half of its layers"
             raise UserError(f"{info.path}: {info.model_type}", rule, "expand a Llama-like model")
@@ -394,12 +391,11 @@ class Expansion:
         """What config.json must say of new layers; lists of one entry a layer grow with them."""
         if not self.added:
             return {}
-        lists = {
-            key: [values[old] for old in self.order]
-            for key, values in transformers_config(self.info).to_dict().items()
-            if isinstance(values, list) and len(values) == self.info.num_layers
-        }
-        return lists | {"num_hidden_layers": len(self.order), NEW_LAYERS: list(self.added)}
+        found = {"num_hidden_layers": len(self.order), NEW_LAYERS: list(self.added)}
+        for key, values in transformers_config(self.info).to_dict().items():
+            if isinstance(values, list) and len(values) == self.info.num_layers:
+                found[key] = [values[old] for old in self.order]
+        return found
 
 
 def check(seen: TrainedBase, result: TrainedBase, options: Any) -> dict[str, Any]:

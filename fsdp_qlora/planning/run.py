@@ -23,12 +23,10 @@ from fsdp_qlora.planning.fit import Outcome, Speed
 from fsdp_qlora.planning.sizes import Sizes, adopt_format, applied, count_trained, setting_for
 
 ENV = "FSDP_QLORA_PLAN"  # what the ranks need of the supervisor to plan for the same machine
-GROUPS = {"batch size": fit.BATCHING, "checkpointing": fit.KEEPING, "offload": fit.PLACING}
+GROUPS = (fit.BATCHING, fit.KEEPING, fit.PLACING)
 UNKNOWN = dataclasses.replace(hardware.GPUS["3090"], name="unknown GPU", memory_gib=math.inf)
-WIDTH = 100
-WORTH = 1.03  # another setting is worth telling when it is this much faster
-WORDS = rows.WORDS
-IMAGINED = "2x24"
+WIDTH, WORTH = 100, 1.03  # another setting is worth telling when it is this much faster
+WORDS, IMAGINED = rows.WORDS, "2x24"
 Values = dict[str, Any]  # as JSON has them
 ALIASES = {"cards": cli.Alias("gpus", lambda text: text.replace(",", "+"))}  # a machine of both
 ALIASES |= {"gpu": cli.Alias("gpus")}
@@ -240,15 +238,10 @@ def make(
 
 def _not_fitted(cfg: TrainConfig, given: frozenset[str], machine: Machine) -> str:
     """Why nothing is chosen, or ""."""
-    if cfg.fit == "off":
-        return "off: everything as asked for"
-    if not machine.gpus:
-        return "CPU ranks run as asked for"
-    if any(math.isinf(gpu.memory_gib) for gpu in machine.gpus):
-        return "off: the driver does not report the memory of the GPUs"
-    if all(given & names for names in GROUPS.values()):
-        return f"as asked for: {', '.join(GROUPS)} are given"
-    return ""
+    due = {"off": cfg.fit == "off", "cpu": not machine.gpus}
+    due["unknown"] = any(math.isinf(gpu.memory_gib) for gpu in machine.gpus)
+    due["given"] = all(given & names for names in GROUPS)
+    return next((WORDS["not_fitted"][name] for name in due if due[name]), "")
 
 
 def _note(best: Outcome, own: Outcome, fallback: int) -> str:
@@ -258,14 +251,10 @@ def _note(best: Outcome, own: Outcome, fallback: int) -> str:
     setting = best.setting
     placed, kept = _counts(setting.placements), _counts(setting.levels)
     words = f"{setting.accumulation} x {setting.batch_size} rows, layers {placed}"
-    why = f"fastest that fits, {best.speed.tokens_per_s / own.speed.tokens_per_s:.2f}x as asked"
-    if fallback:
-        why = f"fallback {fallback} from the fastest, which ran out of memory"
-    elif setting == own.setting:
-        why = "as asked for, nothing faster fits"
-    elif not own.fits:
-        why = "fastest that fits; what was asked for does not"
-    return f"{words}, checkpointing {kept}: {why}"
+    due = {"fallback": fallback, "asked": setting == own.setting, "other": not own.fits}
+    why = next((name for name in due if due[name]), "faster")
+    gain = best.speed.tokens_per_s / own.speed.tokens_per_s
+    return f"{words}, checkpointing {kept}: {WORDS['why'][why].format(number=fallback, gain=gain)}"
 
 
 def announce(plan: RunPlan, say: Callable[[str], None]) -> None:
@@ -377,7 +366,9 @@ def parse(argv: Sequence[str]) -> Asked:
     values, faults = cli.Reader(PlanOptions, ALIASES).read(own)
     options, cfg, machines = PlanOptions(**values), TrainConfig(), dict[str, Machine]()
     try:
-        cfg = config.parse(rest, say=lambda line: print(line, file=sys.stderr))
+        cfg = config.parse(
+            rest, lambda line: print(line, file=sys.stderr), {*cli.options(PlanOptions)}
+        )
     except UserError as fault:
         faults.append(fault)
     try:

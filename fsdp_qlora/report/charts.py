@@ -165,23 +165,20 @@ class Tape:
         is_known = version == self.version and len(rest) == len(counts)
         steps, evals, samples, bins = rest if is_known else [0] * len(counts)
         clip = short(config.get("grad_norm")) if config.get("apply_gradient_clipping") else None
-        return {
-            "token": "-".join(map(str, [self.version, *counts])),
-            "starts": [steps, evals, samples, bins],
-            "columns": {
-                name: values[steps:]
-                for name, values in self._columns.items()
-                if name not in FIGURES or any(value is not None for value in values)
-            },
-            **{"evals": self._evals[evals:], "samples": self._samples[samples:]},
-            "memory": {
-                title: chart
-                | {"bins": chart["bins"][bins:], "label": MEMORY[chart["place"]][1]}
-                | {"levels": self._levels(chart["place"], chart["limit"])}
-                for title, chart in memory.items()
-            },
-            **{"clip": clip, "planned": planned_steps(config, self.last), "about": _about(config)},
-        }
+        columns, charts = dict[str, list[Any]](), dict[str, dict[str, Any]]()
+        for name, values in self._columns.items():
+            if name not in FIGURES or any(value is not None for value in values):
+                columns[name] = values[steps:]
+        for title, chart in memory.items():
+            levels = self._levels(chart["place"], chart["limit"])
+            own = {"bins": chart["bins"][bins:], "label": MEMORY[chart["place"]][1]}
+            charts[title] = chart | own | {"levels": levels}
+        token = "-".join(map(str, [self.version, *counts]))
+        starts = [steps, evals, samples, bins]
+        found: dict[str, Any] = {"token": token, "starts": starts, "columns": columns}
+        found |= {"evals": self._evals[evals:], "samples": self._samples[samples:]}
+        found |= {"memory": charts, "clip": clip, "about": _about(config)}
+        return found | {"planned": planned_steps(config, self.last)}
 
 
 def _about(config: Mapping[str, Any]) -> str:

@@ -25,8 +25,8 @@ from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, redact
 from fsdp_qlora.report import charts, page
 
 HOST, PORT, NAMES = "127.0.0.1", 8123, ("127.0.0.1", "localhost", "::1")  # others are of the web
-CHUNK_BYTES = 4 * 2**20  # of a record that are read at a time
-MARK_BYTES = 64  # of the last line: whether a record is still the one that was read
+# Of a record that are read at a time; of its last line, by which it is known to be the same.
+CHUNK_BYTES, MARK_BYTES = 4 * 2**20, 64
 LOG_BYTES, LOG_LINES, MAX_WAITS = 4096, 20, 4
 OWNER = re.compile(r"pid (\d+) on (\S+)")
 
@@ -166,7 +166,7 @@ class Server(ThreadingHTTPServer):
             port: None: the usual one, or any where that is taken.
 
         Raises:
-            UserError: the port is taken.
+            UserError: the port is taken, or there is none of its number.
         """
         self.followers = [Follower(run_dir) for run_dir in run_dirs]
         for follower in self.followers:
@@ -176,9 +176,9 @@ class Server(ThreadingHTTPServer):
                 follower.name = str(run_dir)
         try:
             super().__init__((HOST, PORT if port is None else port), _Handler)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             if port is not None:
-                reason = error.strerror or str(error)
+                reason = getattr(error, "strerror", None) or str(error)
                 raise UserError(f"--port {port}", reason, "give another", ENVIRONMENT) from error
             super().__init__((HOST, 0), _Handler)
 

@@ -401,7 +401,7 @@ class Checkpointer:
         self.best, self._has_new_best = (step, loss), step != self.step
         if not self._has_new_best:
             self._join()
-            self._start(functools.partial(self._tidy, self.best, checkpoint_store.ignore))
+            self._start(functools.partial(self._tidy, self.best, str))
 
     def poll(self, step: int) -> list[float]:
         """What this rank asks for after a step; the highest of each number over the ranks counts.
@@ -505,7 +505,7 @@ class Checkpointer:
         checkpoint_store.write(root, step, tensors, state, reach)
         self._tidy(best, reach)
 
-    def _tidy(self, best: tuple[int, float] | None, reach: Callable[[str], None]) -> None:
+    def _tidy(self, best: tuple[int, float] | None, reach: checkpoint_store.Reach) -> None:
         """Mark the best checkpoint, if it is there, and remove those that nobody needs."""
         if best is not None and best[0] in checkpoint_store.steps(self._output_dir):
             checkpoint_store.set_best(self._output_dir, *best)

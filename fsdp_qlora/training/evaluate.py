@@ -198,11 +198,8 @@ class Evaluator:
         is_last = self.num_done == self.data.train.num_steps
         if self.every and self.num_done % self.every == 0 and not is_last:
             self._evaluate("step")
-            loss = self.losses[self.num_done]
-            words = f"perplexity {perplexity(loss):.2f}"
-            if self.accuracies:
-                words = f"accuracy {self.accuracies[self.num_done]:.1%}"
-            self.recorder.say(f"step {self.num_done} held-out loss {loss:.3f}, {words}")
+            words = f"loss {self.losses[self.num_done]:.3f}, {self._figures(self.num_done)}"
+            self.recorder.say(f"step {self.num_done} held-out {words}")
 
     def end(self) -> list[str]:
         """Evaluate the trained model; return how it compares with the untrained one, in lines."""
@@ -210,11 +207,7 @@ class Evaluator:
         lines = []
         if {0, self.num_done} <= self.losses.keys():
             before, after = self.losses[0], self.losses[self.num_done]
-            words, right = f"loss {before:.3f} -> {after:.3f}, ", self.accuracies
-            if right:
-                words += f"accuracy {right[0]:.1%} -> {right[self.num_done]:.1%}"
-            else:
-                words += f"perplexity {perplexity(before):.2f} -> {perplexity(after):.2f}"
+            words = f"loss {before:.3f} -> {after:.3f}, {self._figures(0, self.num_done)}"
             if self.best is not None and self.best[1] != self.num_done:
                 words += f"; lowest {self.best[0]:.3f} after step {self.best[1]}"
                 kept = atomic.read_json(self._best_dir / EVALUATION)  # may be of before a resume
@@ -227,6 +220,12 @@ class Evaluator:
             texts |= {"the data": prompt.expected} if prompt.expected else {}
             lines += [f"{name:<10}{_indented(text)}" for name, text in texts.items()]
         return lines
+
+    def _figures(self, *steps: int) -> str:
+        """Perplexity after some steps, of preferences accuracy, in words."""
+        if self.accuracies:
+            return "accuracy " + " -> ".join(f"{self.accuracies[step]:.1%}" for step in steps)
+        return "perplexity " + " -> ".join(f"{perplexity(self.losses[s]):.2f}" for s in steps)
 
     def _evaluate(self, when: str) -> None:
         with self.recorder.tracker.phase("evaluation"):

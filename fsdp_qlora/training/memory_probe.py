@@ -34,12 +34,7 @@ MAX_EVENTS = 2_000_000
 Say = Callable[[str], None]
 AfterStep = Callable[[], None]
 # Where an allocation was made -> its row; the innermost place that is known counts.
-PLACES = (
-    ("fsdp_qlora/model/cuda_graphs.py", names.LAYER),
-    ("fsdp_qlora/model/quantize.py", names.SCRATCH),
-    ("fsdp_qlora/model/head.py", names.LOSS),
-    ("torch/distributed/fsdp/", names.BUFFERS),
-)
+PLACES = {part: names.WORDS["device_rows"][row] for part, row in memory.TABLE["made_in"].items()}
 # `_boundary` is called at the end of each of these, in turn, for every pass, and once at the end.
 PASS = ("forward", "backward")
 room_like = torch.empty_like  # for what the optimizer will keep
@@ -234,7 +229,7 @@ def _blocks(events: Sequence[AllocatorEvent]) -> tuple[list[_Block], list[int]]:
 def _place(frames: Sequence[dict[str, Any]]) -> str:
     """Row by the innermost known place; of the head only what its own function makes."""
     for frame, caller in zip(frames, [*frames[1:], {"filename": ""}], strict=False):
-        for part, row in PLACES:
+        for part, row in PLACES.items():
             is_loss = row != names.LOSS or caller["filename"].endswith("autograd/function.py")
             if part in frame["filename"] and is_loss:
                 return row

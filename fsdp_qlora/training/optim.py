@@ -29,6 +29,7 @@ from fsdp_qlora.training.objectives import Preference
 NO_DECAY = (".bias", "norm.weight", "magnitude")
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_STEPS = 2.0**16, 2.0, 0.5, 2000  # those of torch.amp
 LEAST_SCALE = 1.0
+Tensors = Sequence[Tensor]
 MOST_PLACES = 3  # rows named on the screen; the record has them all
 
 
@@ -105,7 +106,7 @@ def build(
     return optimizer, LambdaLR(optimizer, lambda step: factor(cfg.lr_scheduler, step, *shape))
 
 
-def scale_updates(optimizer: Optimizer, slices: Sequence[Tensor], ratio: float) -> None:
+def scale_updates(optimizer: Optimizer, slices: Tensors, ratio: float) -> None:
     """Let some elements of the parameters move `ratio` times as far: a learning rate of their own.
 
     Every optimizer here moves an element by lr times something that no other element's lr enters.
@@ -132,9 +133,7 @@ def scale_updates(optimizer: Optimizer, slices: Sequence[Tensor], ratio: float) 
         optimizer.register_step_post_hook(scale)
 
 
-def clip(
-    grads: Sequence[Tensor], norm: Tensor, max_norm: float | None, scale: Tensor | None = None
-) -> None:
+def clip(grads: Tensors, norm: Tensor, max_norm: float | None, scale: Tensor | None = None) -> None:
     """Undo the loss scale, and scale gradients so that their global norm is at most `max_norm`.
 
     Args:
@@ -297,12 +296,7 @@ class NonFiniteGuard:
         return loss if self.scale is None else loss * self.scale
 
     def check(
-        self,
-        grads: Sequence[Tensor],
-        loss_sum: Tensor,
-        num_tokens: float,
-        num_copies: int,
-        counts: Sequence[Tensor] = (),
+        self, grads: Tensors, loss_sum: Tensor, num_tokens: float, num_copies: int, counts: Tensors
     ) -> StepStatus:
         """Norm and loss of all ranks, in one collective; all must call.
 
@@ -311,7 +305,7 @@ class NonFiniteGuard:
             loss_sum: over this rank's trained tokens.
             num_tokens: trained tokens of all ranks.
             num_copies: ranks that hold the same slices.
-            counts: float32 [any], of this rank; afterwards those of all ranks.
+            counts: float32 [any], of this rank; afterwards those of all ranks; may be none.
         """
         is_bad_here = ~loss_sum.isfinite()
         if self._is_bad_here is not None:

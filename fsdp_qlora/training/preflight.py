@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsdp_qlora import checkpoint_store, cli, config, hardware, record
+from fsdp_qlora import checkpoint_store, cli, config, errors, hardware, record
 from fsdp_qlora.arch import ModelInfo, targets
 from fsdp_qlora.atomic import GIB, IS_FULL, read_json
 from fsdp_qlora.checkpoint_store import AUTO, LATEST, MANIFEST, STATE, SavedCheckpoint
@@ -35,7 +35,8 @@ STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is re
 TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 TOKENIZER_FILES, MAX_CHARS = ("tokenizer.json", "tokenizer.model"), 40
 MAY_CHANGE = (*TABLE["data"], *TABLE["rows"])
-Say = Callable[[str], None]
+Say = Callable[[str], Any]
+OnFirst = Callable[[Callable[[], Any]], Any]
 FULL_TEXT = re.compile(rf"os error ({'|'.join(map(str, sorted(IS_FULL)))})")  # as Rust says it
 
 
@@ -49,9 +50,7 @@ def spell_out(argv: Sequence[str]) -> list[str]:
 
 
 def expand_resume(
-    argv: Sequence[str],
-    notify: Say = lambda line: None,
-    on_first: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    argv: Sequence[str], notify: Say = str, on_first: OnFirst = lambda work: work()
 ) -> tuple[list[str], SavedCheckpoint | None]:
     """Replace --resume, of a command line or its recipe, by all that it stands for.
 
@@ -293,7 +292,7 @@ def library_notes(saved: Mapping[str, str], current: Mapping[str, str]) -> list[
 
 def _row(name: str, before: Any, after: Any) -> str:
     texts = [one_line(",".join(v) if isinstance(v, list) else str(v)) for v in (before, after)]
-    old, new = (t if len(t) <= MAX_CHARS else f"{t[: MAX_CHARS - 3]}..." for t in texts)
+    old, new = (errors.cut(text, MAX_CHARS) for text in texts)
     return f"{name:<16}{old:<{MAX_CHARS}}  {new}".rstrip()
 
 

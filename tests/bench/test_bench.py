@@ -117,7 +117,7 @@ def test_every_row_is_a_command_line_of_its_own():
     wanted = [f"{size}x{length}-offload" for length in (512, 2048) for size in (1, 2, 4)]
     assert [case.name for case in bench.KINDS["70b"][2]] == [*wanted, "2x2048-fit"]
     for case in bench.KINDS["7b"][2]:
-        flags = [*bench.COMMON, *bench.PLACES[case.place].flags]
+        flags = [*bench.COMMON, *bench.PLACES[case.place]["flags"]]
         argv = bench.train_command("llama-2-7b", flags, case, 11, 2, Path("out"))
         argv = [word for word in argv if word.startswith("--")]
         cfg, given = config.parse(argv), config.given(argv)

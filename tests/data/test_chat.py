@@ -59,7 +59,7 @@ def places(tmp_path_factory):
 def samples(text_tokenizer, chats, template=None, **how):
     """Samples of conversations, as (ids, learned)."""
     chat = text_tokenizer.chat()
-    formatter = row_formats.choose(template, chat, text_tokenizer.names, **how)
+    formatter = row_formats.choose(template, chat, **how)
     rows = ((RowPlace("x", n), {"messages": chat}) for n, chat in enumerate(chats, 1))
     store = tokens.tokenize(tokens.StoreBuilder(None), rows, formatter, text_tokenizer, 4096)
     assert store.facts["bad"] == []

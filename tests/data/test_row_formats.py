@@ -42,7 +42,7 @@ def choose(tokenizer):
     """--template, --train_on and --system_prompt to a formatter."""
 
     def choose(template=None, **how):
-        return row_formats.choose(template, tokenizer.chat(), tokenizer.names, **how)
+        return row_formats.choose(template, tokenizer.chat(), **how)
 
     return choose
 

@@ -30,7 +30,7 @@ def with_bos(tmp_path_factory):
 
 def fill(rows, tokenizer, context_length=512, template=None, **how) -> TokenDataset:
     """Samples of rows; their places are lines of x."""
-    formatter = row_formats.choose(template, tokenizer.chat(), tokenizer.names, **how)
+    formatter = row_formats.choose(template, tokenizer.chat(), **how)
     placed = ((RowPlace("x", number), row) for number, row in enumerate(rows, 1))
     return TokenDataset(
         tokens.tokenize(StoreBuilder(None), placed, formatter, tokenizer, context_length)
@@ -162,7 +162,7 @@ def test_a_text_file_read_in_pieces_gives_the_tokens_of_the_whole(tmp_path, toke
 def test_rows_that_are_lines_of_a_text_run_on_until_the_source_ends(tokenizer):
     lines = ["", " = Title = \n", "", " Once upon a time\n", " there was.\n"]
     placed = [(RowPlace(name, i), {"text": t}) for name in "ab" for i, t in enumerate(lines, 1)]
-    formatter = row_formats.choose(None, tokenizer.chat(), tokenizer.names)
+    formatter = row_formats.choose(None, tokenizer.chat())
     part = TokenDataset(tokens.tokenize(StoreBuilder(None), placed, formatter, tokenizer, 512))
     text = "".join(lines) + END
     assert learned(part, tokenizer) == [("", text * 2)]

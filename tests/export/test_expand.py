@@ -45,16 +45,17 @@ def test_new_layers_stand_where_the_reference_puts_them():
         assert new_layers(old, new) == tuple(split + (split + 1) * n for n in range(new))
 
 
-def test_new_tokens_get_the_mean_row_and_old_logits_stay(tmp_path):
+def test_new_tokens_get_the_mean_row_and_old_logits_stay(tmp_path, capsys):
     from transformers import AutoTokenizer
 
-    path, out = tiny.save_model(tmp_path / "model", vocab_size=386), tmp_path / "more"
+    path, out = tiny.save_model(tmp_path / "model", vocab_size=386), tmp_path / "some more"
     tiny.save_tokenizer(path, ["What is 5? It is a number."] * 9)
     kept = tiny.keep_as_on_the_hub(path)
     num_known = len(AutoTokenizer.from_pretrained(path))
     file = tmp_path / "tokens.txt"
     file.write_text("<|tool|>\n<|end_tool|>\n")
     assert commands.expand([f"--model_name={path}", f"--out={out}", f"--add_tokens={file}"]) == 0
+    assert f"--model_name '{out}' --modules" in capsys.readouterr().out  # it can be pasted
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer("<|tool|>5<|end_tool|>", add_special_tokens=False).input_ids
     assert (ids[0], ids[-1], len(ids)) == (num_known, num_known + 1, 3)
