@@ -121,6 +121,11 @@ class Machine:
         """Where the ranks compute: "cuda" or "cpu"."""
         return "cuda" if self.gpus else "cpu"
 
+    @property
+    def tflops(self) -> float:
+        """Of the slowest GPU, see Device.bf16_tflops; 0 without one."""
+        return min((gpu.bf16_tflops for gpu in self.gpus), default=0.0)
+
 
 @functools.cache
 def own_cpu() -> Device:

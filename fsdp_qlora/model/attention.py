@@ -381,19 +381,21 @@ def _joined(query, key, value, scale, bounds, longest, branches) -> tuple[torch.
     part, cross = slice(to.num_prompt, to.num_prompt + to.num_answer), _cross(to)
     prompts = key[: to.num_prompt], value[: to.num_prompt]
     over, over_sum, *more = _varlen(query[part], *prompts, cross, False, scale)
-    joined = _join((out[part], log_sum[:, part]), (over, over_sum))
-    out, log_sum = out.clone(), log_sum.clone()
-    out[part], log_sum[:, part] = joined
+    _join((out[part], log_sum[:, part]), (over, over_sum))
     return out, log_sum, *state, *more
 
 
-def _join(*parts: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one and the same queries over two parts of the keys: out and log sum of all."""
-    outs, sums = zip(*parts, strict=True)
-    whole = torch.logaddexp(*sums)
-    shares = ((log_sum - whole).exp().t().unsqueeze(2) for log_sum in sums)
-    mine, theirs = (out.float() * share for out, share in zip(outs, shares, strict=True))
-    return (mine + theirs).to(outs[0].dtype), whole
+def _join(*parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Attention of one and the same queries over two parts of the keys: (out, log sum) of each.
+
+    What both have together takes the place of the first's.
+    """
+    (out, log_sum), _ = parts
+    whole = torch.logaddexp(*(own for _, own in parts))
+    # In float32, as the sums are, in few passes over long tensors.
+    mine, theirs = (part * (own - whole).exp().t().unsqueeze(2) for part, own in parts)
+    torch.add(mine, theirs, out=out)
+    log_sum.copy_(whole)
 
 
 def _joined_backward(
@@ -483,7 +485,9 @@ def _by_cudnn(query, key, value, scale) -> tuple[torch.Tensor, ...]:
         made, log_sum, *state = _cudnn(q, k, v, scale, is_causal)
         (out,) = _heads(made)
         found.append((out, log_sum.reshape(-1, len(query))))
-    return *(_join(*found) if len(found) > 1 else found[0]), *state
+    if len(found) > 1:
+        _join(*found)
+    return *found[0], *state
 
 
 def _by_cudnn_backward(grad_out, query, key, value, out, log_sum, *state, scale) -> tuple:

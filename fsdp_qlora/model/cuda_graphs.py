@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fsdp_qlora import hardware
+from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model.lora import SavedActivations
 from fsdp_qlora.planning.sizes import MAX_GRAPH_SHAPES, MAX_GRAPH_WORK
 
@@ -69,10 +71,8 @@ class Graphs:
             The graphs, captured by the layer that met them first as it meets them again; None when
             the layer is to be run as it is.
         """
-        num_tokens = hidden.shape[0] * hidden.shape[1]
-        num_weights = body.store.layout.num_weights
         has_rows = "cu_seq_lens_q" in kwargs  # bounds of rows differ from batch to batch
-        if self.failure or has_rows or num_weights * num_tokens > MAX_GRAPH_WORK:
+        if self.failure or has_rows:
             return None
         key = *hidden.shape, body.level
         if key not in self.passes and len(self.passes) < MAX_GRAPH_SHAPES:
@@ -120,6 +120,7 @@ class Graphs:
                 backward(forward()[1])
 
         self._aside(warm_up)
+        torch.cuda.empty_cache()  # of this, and of what layers have left that ran without graphs
         (out, saved), replay_forward = self._graph(forward)
         kept = [] if saved is None else [tensor for part in saved.results for tensor in part]
         grads, replay_backward = self._graph(partial(backward, saved))
@@ -156,10 +157,14 @@ def choose(
             graphs, shorter batches get none either, so that memory is what the plan says.
 
     Returns:
-        None on a CPU, when off, with more work than MAX_GRAPH_WORK, or when an attribute differs
-        between layers (other windows, layers without rotary embedding).
+        None on a CPU, when off, with work that keeps the GPU busy (see MAX_GRAPH_WORK), or when an
+        attribute differs between layers (other windows, layers without rotary embedding).
     """
-    if setting == "off" or device.type != "cuda" or work > MAX_GRAPH_WORK:
+    if setting == "off" or device.type != "cuda":
+        return None
+    facts = torch.cuda.get_device_properties(device)
+    (gpu,) = hardware.with_measured([hardware.gpu_like(facts.name, facts.total_memory / GIB)])
+    if work > MAX_GRAPH_WORK * gpu.bf16_tflops:
         return None
     first, *others = map(_facts, layers)
     return Graphs() if all(facts == first for facts in others) else None

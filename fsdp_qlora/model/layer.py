@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from fsdp_qlora.model import experts, placement, quantize, visit
 from fsdp_qlora.model.cuda_graphs import Graphs, Replayed
 from fsdp_qlora.model.lora import Adapter, Draws, InputGroup, LoraSlot, SavedActivations
-from fsdp_qlora.planning.sizes import ENDING, GRAPHED_LEVELS, LONG_TOKENS, TILE_TOKENS
+from fsdp_qlora.planning.sizes import ENDING, LONG_TOKENS, TILE_TOKENS
 
 
 class Tiled(torch.autograd.Function):
@@ -498,7 +498,7 @@ class TrainedLayer(nn.Module):
             return self._visit(hidden, *args)
         has_dropout = any(slot.dropout for slot in self.slots)
         is_alone = not any(isinstance(value, UserDict) for value in kwargs.values())
-        is_plain = torch.is_grad_enabled() and self.level in GRAPHED_LEVELS
+        is_plain = torch.is_grad_enabled() and self.level != "none"
         is_plain &= not has_dropout and is_alone
         if self.graphs is not None and is_plain and not self._is_tiled(hidden):
             found = self.graphs.find(self, hidden, args, kwargs)

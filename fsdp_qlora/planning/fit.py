@@ -41,7 +41,7 @@ STREAM_SHARE = 0.95  # of the host link, by weight streaming: 70B, 2 x 512: 1.36
 NETWORK_SHARE = 0.8  # of the link between machines; an assumption, not measured
 ELEMENTWISE_SHARE = 0.75  # of memory bandwidth
 ATTENTION_SHARE = 0.85  # of the matmuls' rate: 8B, rows of 65,536 and 131,072: 13.8 and 46.5 s
-GRAPHS_SHARE = 0.2  # of the launches, where CUDA graphs do them: 7B, 1 x 512: 72 ms
+GRAPHS_SHARE = 0.26  # of the launches, where CUDA graphs do them: 7B, 1 x 512: 64 to 72 ms
 QUANTIZING = 1.25  # as many launches in 8 bit: 7B, 4 x 2048: 0.46 s
 LAUNCH_S = 0.004  # a layer and pass: 7B, 1 x 512: 0.41 s for 96 of them
 
@@ -126,8 +126,9 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     touched *= s.weights * (s.format.scratch_bytes > 0)
     num_unpacked = 1 if s.is_kept_whole else setting.per_visit
     unpack_s = touched * s.layers * num_unpacked / (UNPACK_SHARE * gpu.memory_gbs * 1e9)
-    launch_s = LAUNCH_S * s.layers * setting.per_visit * (gpu.memory_gib > 0)
-    launch_s *= GRAPHS_SHARE if memory.uses_graphs(s, setting) else 1.0
+    is_graphed = memory.uses_graphs(s, setting)  # recomputation and backward are one graph
+    num_launched = s.layers - (1 - GRAPHS_SHARE) * (num_full + num_selective) * is_graphed
+    launch_s = LAUNCH_S * num_launched * setting.per_visit * (gpu.memory_gib > 0)
     launch_s *= QUANTIZING if is_8_bit else 1.0
     inputs = memory.num_offloaded(s, setting) * s.tokens(setting) * s.hidden * s.item
     inputs_s, disk_s = inputs / gpu.host_link_gbs / 1e9, 0.0
@@ -140,7 +141,8 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
         is_twice = not is_backward and not s.is_kept_whole and s.cfg.passes > 1
         num = 1 + num_full / s.layers if is_backward else 1.0 + is_twice
         host_s, *links_s = _copies(s, setting, gpu, is_backward)
-        parts = (matmul_s, unpack_s * num, host_s + inputs_s, *links_s, launch_s * num, disk_s)
+        launched_s = launch_s if is_graphed else launch_s * num
+        parts = (matmul_s, unpack_s * num, host_s + inputs_s, *links_s, launched_s, disk_s)
         rows.append(dict(zip(BOUNDS, parts, strict=True)))
     return rows
 
@@ -221,7 +223,7 @@ def evaluate(info: ModelInfo, cfg: TrainConfig, setting: Setting, machine: Machi
         setting: see Setting.
         machine: what there is.
     """
-    return _evaluate(Sizes(info, cfg, machine.kind), setting, machine)
+    return _evaluate(Sizes(info, cfg, machine.kind, machine.tflops), setting, machine)
 
 
 def _evaluate(s: Sizes, setting: Setting, machine: Machine) -> Outcome:
@@ -273,7 +275,8 @@ def explore(
     Returns:
         The outcomes, some that do not fit included.
     """
-    own, s = setting_for(info, cfg, machine), Sizes(info, cfg, machine.kind)
+    own = setting_for(info, cfg, machine)
+    s = Sizes(info, cfg, machine.kind, machine.tflops)
     outcomes: list[Outcome] = []
     hidden_batches = set()  # whose copies cost no time: to keep layers on the GPUs gains nothing
     for rising in _settings(own, fixed, bool(machine.gpus)):

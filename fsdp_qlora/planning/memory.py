@@ -187,7 +187,7 @@ def _backward(s: Sizes, setting: Setting) -> list[Rows]:
             reduced = [term("their gradients: 16 bit, 32 bit", **s.one_group, bytes=s.item + 4)]
             moments.append(merged([common | {rows.KEPT: []}, {rows.BUFFERS: reduced}]))
         owns = layer_moments(s, tokens, setting.levels[at])
-        if setting.levels[at] == "full" and uses_graphs(s, setting):
+        if setting.levels[at] != "none" and uses_graphs(s, setting):
             wide = {"tokens": tokens, "hidden": s.hidden, "bytes": s.item}
             owns = [{rows.LAYER: [term("gradients of input and output", n=2, **wide)]}]
         elif s.is_kept_whole:  # it stays, see `device`
@@ -531,7 +531,7 @@ def num_offloaded(s: Sizes, setting: Setting) -> int:
 
 
 def uses_graphs(s: Sizes, setting: Setting) -> bool:
-    """Whether recomputed layers run by graphs, as the model chooses.
+    """Whether layers that recompute anything run by graphs, as the model chooses.
 
     Rows of several lengths in one micro-batch are laid one after the other, which no graph follows.
 
@@ -544,12 +544,12 @@ def uses_graphs(s: Sizes, setting: Setting) -> bool:
     return (
         s.kind == "cuda"
         and cfg.cuda_graphs == "auto"
-        and (is_plain and not setting.count("trained"))
+        and (is_plain and s.is_uniform and not setting.count("trained"))
         and (cfg.lora_dropout == 0 and not cfg.reentrant_checkpointing)
-        and setting.count("full") > 0
+        and setting.count("full", "selective") > 0
         and (cfg.packing != "on" and has_one_length)
         and (s.groups(setting) == cfg.context_parallel == 1)
-        and (s.weights * s.tokens(setting) <= sizes.MAX_GRAPH_WORK)
+        and (s.weights * s.tokens(setting) <= s.graph_work)
         and not is_tiled(s, s.tokens(setting), "full")
     )
 
@@ -557,16 +557,19 @@ def uses_graphs(s: Sizes, setting: Setting) -> bool:
 def graph_rows(s: Sizes, setting: Setting) -> Rows:
     """What the graphs hold from the second step to the end.
 
-    Tensors that a layer's are copied into, of weights once, of the rest once a shape of batch; and
-    a pool that all shapes share, as large as the fullest moment of a layer, which nothing else may
-    use.
+    Tensors that a layer's are copied into, of weights once, of the rest once a shape of batch and
+    level; and a pool that all share, as large as the fullest moment of a layer, which nothing else
+    may use.
 
     Args:
         s, setting: see `uses_graphs`.
     """
     tokens, lengths = s.tokens(setting), -(-s.cfg.context_length // sizes.PAD_MULTIPLES["cuda"])
     shapes = 1 if s.cfg.dataset == "dummy" else min(sizes.MAX_GRAPH_SHAPES, lengths)
-    moments = layer_moments(s, tokens, "full")
+    levels = [level for level in ("full", "selective") if level in setting.levels]
+    moments = [moment for level in levels for moment in layer_moments(s, tokens, level)]
+    kept = [t for level in levels for t in kept_bytes(s, tokens, level) if t.what != INPUT]
+    shapes *= len(levels)
     layer_bytes = s.layer_bytes + (s.lora + s.small) * s.item
     wide = {"tokens": tokens, "hidden": s.hidden, "n": 4, "bytes": s.item}
     return {
@@ -574,6 +577,7 @@ def graph_rows(s: Sizes, setting: Setting) -> Rows:
             term("graphs: bytes, adapters, norms", bytes=layer_bytes),
             term("graphs: gradients of adapters", shapes=shapes, params=s.lora, bytes=s.item),
             term("graphs: input, output, their gradients", shapes=shapes, **wide),
+            *(item._replace(what=f"graphs: {item.what}") for item in kept),
         ],
         rows.SLACK: [
             term("graphs: their pool", bytes=max(map(total_bytes, moments))),

@@ -35,13 +35,12 @@ LOGITS_BYTES = 256 * 2**20  # of float32 logits held at once
 NUM_RING_SLOTS = 4  # of layers from disk: read two ahead of those that are copied to the GPUs
 STREAMED = ("streamed", DISK)  # placements of layers that are copied as they are needed
 NUM_SLOTS = 2  # one at work, one being filled; one more where resident layers leave gaps to bridge
-ONE_GROUP_BYTES = 256 * 2**20  # adapters not larger are gathered and reduced all at once
+ONE_GROUP_BYTES = 384 * 2**20  # adapters not larger are gathered and reduced all at once
 ALIGN_BYTES = 256  # every array starts at a multiple of this, for wide loads
-# Weights of a layer times tokens of a full micro-batch: with more work the GPU is busy as it is,
-# and a graph would only hold memory (measured on an H200 beside a slow host: 7B at 512 tokens is
-# bound by the host, 70B at 1024 is not).
-MAX_GRAPH_WORK = 5e11
-GRAPHED_LEVELS = ("full",)  # of layers that run by graphs; selective ones can (not tried on a GPU)
+# Weights of a layer times tokens of a full micro-batch, for each sustained TFLOP/s: with more work
+# the GPU is busy as it is, and a graph would only hold memory (measured on an H200 beside a slow
+# host: 7B at 512 tokens is bound by the host, 70B at 1024 is not).
+MAX_GRAPH_WORK = 5e11 / 640
 MAX_GRAPH_SHAPES = 8  # a graph keeps the memory of a layer's pass
 MOST_TOUCHED_BYTES = 4 * GIB  # copies for checkpoints: more is not taken before the first of them
 PAD_MULTIPLES = {"cuda": 64, "cpu": 8}  # of a batch's length: fewer shapes, blocks are found again
@@ -579,6 +578,8 @@ class Sizes:
         file_bytes: of the model's files, where they lie in memory.
         master: bytes of a trained weight.
         is_kept_whole: a layer is so small that it is dequantized at once.
+        graph_work: most weights times tokens of a layer that CUDA graphs help.
+        is_uniform: all layers are of one kind and attend alike, as CUDA graphs want them.
         has_tiles: of long rows the end of a layer is computed tile by tile.
         one_group: factors of the adapters of all layers where they are so small that they are
             gathered and reduced at once; else empty.
@@ -588,18 +589,22 @@ class Sizes:
 
         def __getattr__(self, name: str) -> float: ...  # those of `_numbers`
 
-    def __init__(self, info: ModelInfo, cfg: TrainConfig, kind: str = "cuda") -> None:
+    def __init__(
+        self, info: ModelInfo, cfg: TrainConfig, kind: str = "cuda", tflops: float = 0.0
+    ) -> None:
         """Collect the numbers of a model and a run.
 
         Args:
             info: the model.
             cfg: the run.
             kind: where its ranks compute, "cuda" or "cpu".
+            tflops: of its slowest GPU, see Device.bf16_tflops; 0: graphs are not asked about.
 
         Raises:
             UserError: an adapter's name matches no linear (code 2).
         """
         self.cfg, self.kind, self.format = cfg, kind, FORMATS[cfg.format_name]
+        self.graph_work = MAX_GRAPH_WORK * tflops
         self.layers, self.hidden, self.vocab = info.num_layers, info.hidden_size, info.vocab_size
         self.heads: int = info.config.get("num_attention_heads", 1)
         of_kinds = [(self._numbers(info, cfg, own), len(own.layers)) for own in info.kinds]
@@ -624,6 +629,10 @@ class Sizes:
         is_one_group = 0 < math.prod(adapters.values()) * self.item <= ONE_GROUP_BYTES
         self.one_group: dict[str, float] = dict(adapters) if is_one_group else {}
         self.fullest = self
+        types = info.config.get("layer_types") or range(
+            info.config.get("sliding_window_pattern", 1)
+        )
+        self.is_uniform = len(of_kinds) == len({*types}) == 1
         if len(of_kinds) > 1:
             self.fullest = copy.copy(self)
             for name in of_kinds[0][0]:

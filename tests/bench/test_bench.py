@@ -14,7 +14,7 @@ import pytest
 import fsdp_qlora
 from fsdp_qlora import arch, bench, config
 from fsdp_qlora.errors import UserError
-from fsdp_qlora.hardware import Machine
+from fsdp_qlora.hardware import GPUS, Machine
 from fsdp_qlora.planning import memory
 from fsdp_qlora.planning.sizes import Sizes, setting_for
 from tests.report.runs import Page
@@ -202,6 +202,7 @@ def test_the_plan_predicts_a_gpu_of_the_bench(page, row):
     info = arch.read(cfg.model_name, need_weights=False)
     setting = setting_for(info, cfg, Machine((), None, row["num_ranks"]))
     has_peer = row["p2p"] == "on" and row["num_ranks"] > 1
-    planned = memory.device(Sizes(info, cfg), setting, has_peer=has_peer).peak_gib
+    sizes = Sizes(info, cfg, tflops=GPUS["H200"].bf16_tflops)
+    planned = memory.device(sizes, setting, has_peer=has_peer).peak_gib
     measured = row["peaks"]["card"][1]
     assert planned == pytest.approx(measured, rel=0.05), (planned, measured)

@@ -1,11 +1,12 @@
 """CUDA graphs of a layer: the same numbers as without."""
 
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from fsdp_qlora.model import cuda_graphs, layer, skeleton
+from fsdp_qlora.model import cuda_graphs, skeleton
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -17,11 +18,15 @@ class Alike(torch.nn.Module):
         self.norm = torch.nn.LayerNorm(8)
 
 
-def test_graphs_are_only_for_cards_and_layers_that_differ_in_their_weights_alone():
-    card = torch.device("cuda", 0)
+def test_graphs_are_only_for_cards_and_layers_that_differ_in_their_weights_alone(monkeypatch):
+    card, own = torch.device("cuda", 0), SimpleNamespace(name="NVIDIA H200", total_memory=2**37)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: own)
     alike = [Alike(i) for i in range(3)]
     assert cuda_graphs.choose("auto", alike, card, 1e9) is not None
     assert cuda_graphs.choose("auto", alike, card, 1e12) is None
+    assert cuda_graphs.choose("auto", alike, card, 4e11) is not None
+    own.name = "NVIDIA GeForce RTX 3090"  # whose matmuls take longer than the launches
+    assert cuda_graphs.choose("auto", alike, card, 4e11) is None
     assert cuda_graphs.choose("off", alike, card, 1e9) is None
     assert cuda_graphs.choose("auto", alike, torch.device("cpu"), 1e9) is None
     assert cuda_graphs.choose("auto", [*alike, Alike(3, use_rope=0)], card, 1e9) is None
@@ -79,13 +84,8 @@ def test_training_by_graphs_is_training(tmp_path):
     path = tiny.save_model(tmp_path / "model", num_hidden_layers=5, dtype=torch.bfloat16)
     cases = {(*place, *kept): num for place in PLACES.values() for kept, num in LEVELS.items()}
     off = [(*case, "--cuda_graphs=off") for case in cases]
-    for results in run_ranks(_train_all_levels, 1, path, [*cases, *off]):
+    for results in run_ranks(_train, 1, path, [*cases, *off]):
         _check(results, [*cases.values()])
-
-
-def _train_all_levels(world, path, cases):
-    with patch.object(layer, "GRAPHED_LEVELS", ("full", "selective")):
-        return _train(world, path, cases)
 
 
 def _again(self, work):
@@ -113,7 +113,7 @@ def _train_by_stand_in(world, path, cases):
         return None if setting == "off" else cuda_graphs.Graphs()
 
     with patch.multiple(cuda_graphs.Graphs, **own), patch.object(skeleton, "choose_graphs", chosen):
-        return _train_all_levels(world, path, cases)
+        return _train(world, path, cases)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

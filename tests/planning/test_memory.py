@@ -3,6 +3,7 @@
 Packed bytes and kept activations, which the plan knows without torch, are checked by torch.
 """
 
+import copy
 import dataclasses
 import json
 import subprocess
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, models
 
 from fsdp_qlora import arch, config, hardware
 from fsdp_qlora.arch.targets import find_targets
-from fsdp_qlora.hardware import GIB
+from fsdp_qlora.hardware import GIB, GPUS
 from fsdp_qlora.model import adapters, quantize, shard, skeleton
 from fsdp_qlora.model.quantize import build_layout
 from fsdp_qlora.planning import memory, rows
@@ -30,6 +31,7 @@ from fsdp_qlora.planning.sizes import (
 )
 
 COMMON = ["--lora_rank=16", "--lora_dropout=0", "--context_length=2048", "--save_every=0"]
+H200 = GPUS["H200"]
 # As recipes/llama-2-7b.md and llama-2-70b.md have them; two H200, two ranks.
 RUNS = {
     "7B 4x2048": ["--model_name=llama-2-7b", *COMMON, "--batch_size=4"],
@@ -57,13 +59,14 @@ def plan(
     info = arch.read(cfg.model_name, need_weights=False)
     own = setting_of(cfg, info.num_layers, 2)
     own = dataclasses.replace(own, placements=(placement,) * info.num_layers, **changes)
-    return Sizes(info, cfg), dataclasses.replace(own, levels=levels or own.levels)
+    s = Sizes(info, cfg, tflops=H200.bf16_tflops)
+    return s, dataclasses.replace(own, levels=levels or own.levels)
 
 
 def changed(s: Sizes, kind: str = "cuda", **options) -> Sizes:
     """The same model in another run."""
     info = arch.read(s.cfg.model_name, need_weights=False)
-    return Sizes(info, dataclasses.replace(s.cfg, **options), kind)
+    return Sizes(info, dataclasses.replace(s.cfg, **options), kind, H200.bf16_tflops)
 
 
 def on_gpu(*args, **changes) -> rows.Table:
@@ -122,6 +125,16 @@ def test_graphs_of_a_small_batch_are_planned_with(placement, allocated_gib, rese
     assert 1.9 * whole_gib < pool_gib < 2.3 * whole_gib  # and what the steps before them left
 
 
+def test_graphs_of_selective_layers_are_planned_with():
+    """7B, 1 x 512, on one H200, 2026-11-30."""
+    found, setting = plan("7B 1x512", "sharded")
+    setting = dataclasses.replace(setting, num_ranks=1, levels=("selective",) * found.layers)
+    assert memory.uses_graphs(found, setting)
+    table = memory.device(found, setting)
+    assert near(table.allocated_gib, 5.94), table.allocated_gib
+    assert near(table.reserved_gib, 7.10, 0.09), table.reserved_gib
+
+
 def test_graphs_are_left_out_where_the_model_leaves_them_out():
     """Long batches, dropout, rows of several lengths laid one after the other, a CPU."""
     found, setting = plan("7B 1x512", "sharded")
@@ -135,6 +148,11 @@ def test_graphs_are_left_out_where_the_model_leaves_them_out():
     two = dataclasses.replace(setting, batch_size=2)
     assert not memory.uses_graphs(rows_of_users, two)
     assert memory.uses_graphs(rows_of_users, setting)
+    none = dataclasses.replace(setting, levels=("none",) * found.layers)
+    assert not memory.uses_graphs(found, none)
+    windows = copy.copy(found)
+    windows.is_uniform = False
+    assert not memory.uses_graphs(windows, setting)
 
 
 def test_unchecked_layers_cost_what_the_probe_measured():
