@@ -135,7 +135,11 @@ class Opened:
                 text = self.chat.prompt(turns, **kwargs | chat_values(row or {}))
         elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
             text = text.removeprefix(tokenizer.bos_token)
-        return list(tokenizer(text, add_special_tokens=not is_chat).input_ids)
+        ids = list(tokenizer(text, add_special_tokens=not is_chat).input_ids)
+        known = self.info.config.get("max_position_embeddings") or len(ids)
+        if len(ids) > known:
+            self.say(f"note      a prompt of {len(ids):,} tokens: the model was made for {known:,}")
+        return ids
 
     def reply(self, rows: Rows, how: Sampling, streamer: Any = None) -> list:
         """Continue prompts; every rank must call it, all the same. See `complete`."""
@@ -481,6 +485,8 @@ def generate(argv: list[str]) -> int:
     asked = read_prompts(Path(options.prompts), "--prompts") if is_file else []
     out, of_out = Path(options.out or "").expanduser(), (f"--out {options.out}", "give another")
     if is_file:
+        if out.exists() and out.samefile(Path(options.prompts)):
+            raise UserError(of_out[0], "is the file of the prompts", of_out[1])
         with one_line_of(*of_out):
             atomic.check_file(out)
     if cfg.world_size > 1 and not is_rank(os.environ, cfg.world_size):

@@ -393,13 +393,19 @@ def test_a_file_of_prompts_is_answered_in_its_order_as_one_by_one(
         inference.generate([*argv, "--prompt", question])
         assert capsys.readouterr().out.strip() == row["answer"].strip()
     assert len({row["answer"] for row in found}) > 2
+    opened.info.config["max_position_embeddings"] = len(opened.encode(ASKED, True)) - 1
+    opened.encode("l", True)
+    assert not capsys.readouterr().out
+    opened.encode(ASKED, True)
+    assert f"made for {opened.info.config['max_position_embeddings']}\n" in capsys.readouterr().out
     written = (tmp_path / "out.jsonl").read_text()
     more = [*argv, *files[:2], "--max_new_tokens=6", "--batch_size=4", "--out"]
     assert inference.generate([*more, str(tmp_path / "new" / "out.jsonl")]) == DONE
     assert (tmp_path / "new" / "out.jsonl").read_text() == written
     assert os.listdir(tmp_path / "new") == ["out.jsonl"] and capsys.readouterr().err == ""
     monkeypatch.setattr(inference, "open_run", lambda *rest: pytest.fail("opened"))
-    for out in (tmp_path, tmp_path / "out.jsonl" / "x"):  # before anything is answered
+    # Before anything is answered.
+    for out in (tmp_path, tmp_path / "out.jsonl" / "x", tmp_path / "new" / ".." / "in.jsonl"):
         with pytest.raises(UserError, match=r"--out .*; give another"):
             inference.generate([*more, str(out)])
     for flags in (files[:2], files[2:], [*files, "--chat"]):

@@ -99,6 +99,7 @@ class Graphs:
             return self._record(_template(body, inputs, args, kwargs), inputs, body)
         except RuntimeError as error:
             self.failure = str(error).splitlines()[0]
+            print(f"note      CUDA graphs are off: {self.failure}", flush=True)
             return None
 
     def _record(self, run: Callable, inputs: Sequence[Tensor], body) -> Pass:

@@ -125,3 +125,13 @@ def test_what_graphs_read_and_write_is_that_of_each_layer(tmp_path, num_ranks):
     off = [(*case, "--cuda_graphs=off") for case in cases]
     for results in run_ranks(_train_by_stand_in, num_ranks, path, [*cases, *off]):
         _check(results, [*cases.values()])
+
+
+def test_a_failed_capture_is_said_once_and_layers_run_as_they_are(capsys):
+    def fail():
+        raise RuntimeError("not permitted\nwhile the stream is capturing")
+
+    body = SimpleNamespace(store=SimpleNamespace(read=fail), lora=None, level="full")
+    graphs, hidden = cuda_graphs.Graphs(), torch.zeros(1, 2, 4)
+    assert [graphs.find(body, hidden, (), {}) for _ in range(4)] == [None] * 4
+    assert capsys.readouterr().out == "note      CUDA graphs are off: not permitted\n"
