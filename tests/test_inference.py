@@ -426,7 +426,7 @@ def test_the_template_gets_what_run_and_row_give_it(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     edit_json(tmp_path / "run" / "run_config.json", chat_template_kwargs='{"style": "::"}')
     cfg = inference.config_of(tmp_path / "run", [])
-    opened = inference.Opened(cfg, None, None, None, None)
+    opened = inference.Opened(cfg, SimpleNamespace(config={}), None, None, None)
     opened.__dict__["tokenizer"] = tokenizer
     turns, tools = [{"role": "user", "content": ASKED}], [{"type": "function", "function": {}}]
     for own, row in [
