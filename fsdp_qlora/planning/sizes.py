@@ -629,9 +629,8 @@ class Sizes:
         is_one_group = 0 < math.prod(adapters.values()) * self.item <= ONE_GROUP_BYTES
         self.one_group: dict[str, float] = dict(adapters) if is_one_group else {}
         self.fullest = self
-        types = info.config.get("layer_types") or range(
-            info.config.get("sliding_window_pattern", 1)
-        )
+        pattern = info.config.get("layer_types") or info.config.get("sliding_window_pattern") or 1
+        types = range(pattern) if isinstance(pattern, int) else pattern  # 6, or "LLLG"
         self.is_uniform = len(of_kinds) == len({*types}) == 1
         if len(of_kinds) > 1:
             self.fullest = copy.copy(self)

@@ -3,7 +3,6 @@
 Packed bytes and kept activations, which the plan knows without torch, are checked by torch.
 """
 
-import copy
 import dataclasses
 import json
 import subprocess
@@ -150,9 +149,11 @@ def test_graphs_are_left_out_where_the_model_leaves_them_out():
     assert memory.uses_graphs(rows_of_users, setting)
     none = dataclasses.replace(setting, levels=("none",) * found.layers)
     assert not memory.uses_graphs(found, none)
-    windows = copy.copy(found)
-    windows.is_uniform = False
-    assert not memory.uses_graphs(windows, setting)
+    info = arch.read("llama-2-7b", need_weights=False)
+    for pattern, is_uniform in ((None, True), (1, True), (6, False), ("LLLG", False), ("LL", True)):
+        config_ = info.config | {"sliding_window_pattern": pattern}
+        own = Sizes(dataclasses.replace(info, config=config_), found.cfg, "cuda", H200.bf16_tflops)
+        assert memory.uses_graphs(own, setting) == is_uniform, pattern
 
 
 def test_unchecked_layers_cost_what_the_probe_measured():
