@@ -23,8 +23,8 @@ GIB, SPARE = 2**30, 1.01  # of the disk: what lies beside the weights
 # No room for a file -> what to do.
 IS_FULL = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room")
 IS_FULL |= {errno.EFBIG: "raise the limit of a file's size (ulimit -f)"}
-# File systems whose directories take no fsync; those without locks.
-CANNOT_SYNC, NO_LOCKS = {errno.EINVAL, errno.ENOTSUP}, {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}  # file systems whose directories take no fsync
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP}  # file systems without locks
 
 
 def cache_dir(setting: str = "auto") -> Path:

@@ -35,7 +35,8 @@ from fsdp_qlora import __version__, arch, atomic, cli, config, errors, hardware,
 from fsdp_qlora.planning import rows as names
 from fsdp_qlora.report import page
 
-POLL_S, GRACE_S, MIN_STEPS = 0.1, 15.0, 8
+POLL_S, GRACE_S = 0.1, 15.0
+MIN_STEPS = 8
 LAUNCHER = r"[\w.]*(ChildFailed|CalledProcess|ProcessRaised)"  # only repeats that a rank failed
 FAULT = re.compile(rf"(\[rank\d+\]: ?)?(?!{LAUNCHER})([\w.]*(Error|Exception)|error): ")
 SMALL = "small"

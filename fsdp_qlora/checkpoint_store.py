@@ -40,7 +40,7 @@ LATEST, AUTO = "latest", "auto"  # --resume: a bare one; the same, or a new star
 REPORTS = ("report.html", "report.md", "report.png", "report.svg")
 DRAFTS = (f".{CONFIG}.part", f".{SUMMARY}.part", f".{METRICS}.part", f"{METRICS}.damaged")
 RESULTS = ("*.safetensors", "*config.json", "README.md", "tokenizer*", "*.jinja")
-Reach = Callable[[str], Any]  # is told which point of the work is reached
+Reach = Callable[[str], None]  # is told which point of the work is reached
 
 
 class Array(NamedTuple):
@@ -84,8 +84,12 @@ class SavedCheckpoint(NamedTuple):
         return self.state.get("is_finite") is not False
 
 
+def ignore(point: str) -> None:
+    """Do nothing at a point of the work."""
+
+
 def write(
-    root: Path, step: int, tensors: Tensors, state: dict[str, Any], reach: Reach = str
+    root: Path, step: int, tensors: Tensors, state: dict[str, Any], reach: Reach = ignore
 ) -> Path:
     """Write a checkpoint; when this returns it is there, whatever happens to the machine.
 
@@ -339,7 +343,7 @@ def set_best(run_dir: Path, step: int, loss: float) -> None:
     atomic.write_json(run_dir / CHECKPOINTS / BEST, {"step": step, "loss": loss})
 
 
-def prune(run_dir: Path, num_kept: int, reach: Reach = str) -> list[int]:
+def prune(run_dir: Path, num_kept: int, reach: Reach = ignore) -> list[int]:
     """Remove all but the last checkpoints, the best one, and the last one with finite weights.
 
     Args:

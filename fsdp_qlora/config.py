@@ -18,7 +18,8 @@ from fsdp_qlora.cli import Alias, Given, flag
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact, refuse
 
 USAGE = "usage: python train.py --model_name NAME [--recipe NAME|FILE] [--option value ...]"
-PROJECT_DIR, PACKAGE = Path(__file__).resolve().parents[1], "fsdp_qlora"
+PROJECT_DIR = Path(__file__).resolve().parents[1]
+PACKAGE = "fsdp_qlora"
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"  # a link to that of the project
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 OWN_CODE = re.compile(r"(.+\.py)(?::(\w+))?")  # rows from a function of the user's own

@@ -22,7 +22,8 @@ SIGNALED = 128  # and the number of the signal that ended a command
 SIGINT, SIGTERM = SIGNALED + signal.SIGINT, SIGNALED + signal.SIGTERM
 MAX_LINE_CHARS, MOST_CHARS = 300, 9999  # of a fault as it is shown, and as it is looked through
 Faults = Sequence["UserError"]
-REDACTED, MIN_SECRET_CHARS = "[secret]", 8
+REDACTED = "[secret]"
+MIN_SECRET_CHARS = 8
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 SECRETS = tuple(map(re.compile, _TABLE["secrets"]))
 

@@ -81,8 +81,8 @@ GPUS = {
 }
 _BY_SIZE = {int(size): name for size, name in _TABLE["by_size"].items()}
 MIN_GB, MAX_GB = 4, 512
-# Of a GPU's nominal GB, as torch reports it; of what the driver reports.
-USABLE_OF_NOMINAL, USABLE_OF_REPORTED = 0.975, 0.985
+USABLE_OF_NOMINAL = 0.975  # of a GPU's nominal GB, as torch reports it
+USABLE_OF_REPORTED = 0.985  # of what the driver reports
 CPU = Device("CPU", 0.0, 0.1, 20, 20)  # two cores; SmolLM2-135M: 5.5 s a step of 1,024 tokens
 ENTRY = re.compile(r"(?:(?P<count>\d{1,2})\s*x\s*)?(?P<name>[\w .-]+)", re.IGNORECASE)
 SIZE = re.compile(r"(?:-(\d{1,3})|\b(\d{1,3}) ?gi?b?)\b")  # in a name: A100-80, 4060 Ti 16 GB

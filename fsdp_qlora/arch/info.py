@@ -123,9 +123,10 @@ class Structure:
         Returns:
             Full name -> shape of every parameter of the model.
         """
-        layers = {f"{self.layers_prefix}.{i}": layer for i, layer in enumerate(self.layers)}
         return self.root | {
-            f"{at}.{name}": layers[at][name] for at in layers for name in layers[at]
+            f"{self.layers_prefix}.{index}.{name}": shape
+            for index, layer in enumerate(self.layers)
+            for name, shape in layer.items()
         }
 
     def kinds(self, kept: Mapping[str, str]) -> tuple[LayerKind, ...]:
@@ -144,13 +145,13 @@ class Structure:
             found.setdefault((tuple(sorted(layer.items())), own), []).append(index)
         kinds = []
         for (items, own), indices in found.items():
-            formats = dict(own)
-            weights = {f"{n.name}.weight": n for n in find_linears(self.layers[indices[0]])}
-            linears = (
-                dataclasses.replace(n, format=formats.get(at, "")) for at, n in weights.items()
+            linears = tuple(
+                dataclasses.replace(linear, format=dict(own).get(f"{linear.name}.weight", ""))
+                for linear in find_linears(self.layers[indices[0]])
             )
+            weights = {f"{linear.name}.weight" for linear in linears}
             params = tuple(item for item in items if item[0] not in weights)
-            kinds.append(LayerKind(tuple(linears), params, tuple(indices)))
+            kinds.append(LayerKind(linears, params, tuple(indices)))
         return tuple(kinds)
 
 
@@ -331,9 +332,13 @@ def _routers(layer: Shapes) -> set[str]:
     num_experts: dict[str, int] = {}
     for block, number, _ in filter(None, map(_expert_part, layer)):
         num_experts[block] = max(num_experts.get(block, 0), number + 1)
-    others = [name for name in layer if len(layer[name]) == 2 and _expert_part(name) is None]
-    pairs = ((name, block) for name in others for block in num_experts)
-    return {n for n, at in pairs if n.startswith(f"{at}.") and layer[n][0] == num_experts[at]}
+    return {
+        name
+        for name, shape in layer.items()
+        for block, num in num_experts.items()
+        if name.startswith(f"{block}.") and len(shape) == 2 and shape[0] == num
+        if _expert_part(name) is None
+    }
 
 
 @dataclass(frozen=True)
@@ -396,8 +401,11 @@ class ModelInfo:
     @cached_property
     def names(self) -> frozenset[str]:
         """Of all tensors in the files, whether there are such or not."""
-        layers = {f"{self.layers_prefix}.{i}": kind for i, kind in enumerate(self.by_layer)}
-        params = {f"{at}.{name}" for at, kind in layers.items() for name, _ in kind.params}
+        params = {
+            f"{self.layers_prefix}.{index}.{name}"
+            for index, kind in enumerate(self.by_layer)
+            for name, _ in kind.params
+        }
         return frozenset(params | self.linear_places().keys() | dict(self.root_params).keys())
 
     @property

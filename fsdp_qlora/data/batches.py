@@ -21,7 +21,8 @@ from fsdp_qlora.data.tokens import Sample, TokenDataset
 if TYPE_CHECKING:
     import torch
 
-MOST_SIMULATED_STEPS, SORT_WINDOW_STEPS = 10_000, 64  # rows of the latter are sorted by length
+MOST_SIMULATED_STEPS = 10_000
+SORT_WINDOW_STEPS = 64  # steps whose rows are sorted by length together
 PACK_WINDOW_SEQUENCES = 256  # rows further apart in the shuffled order never share a sequence
 # Any valid id would do: padding stands right of the text, where a causal model never looks from
 # the text, and its labels are masked by length. So a row's own end-of-text keeps its label.

@@ -31,7 +31,8 @@ from fsdp_qlora.errors import DONE, UserError, join, one_line
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 FEWEST_KEPT_BYTES = 2**20  # less is tokenized sooner than it is read back
-NUM_EXAMPLES, MOST_CHARS = 3, 700  # the latter of a stretch of text that is shown
+NUM_EXAMPLES = 3
+MOST_CHARS = 700  # of a stretch of text that is shown
 MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
 LOSSES = ("cut", "empty", "beyond", "repeated", "same")

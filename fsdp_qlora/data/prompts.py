@@ -12,7 +12,8 @@ from fsdp_qlora.data.prepare import PreparedData
 from fsdp_qlora.data.tokenizer import Refused, TextTokenizer
 from fsdp_qlora.data.tokens import Sample
 
-NUM_HELD_OUT, PROBE = 3, "Which question?"
+NUM_HELD_OUT = 3
+PROBE = "Which question?"
 TEXT_TOKENS = 32  # of running text, in which nothing is a question
 
 

@@ -16,7 +16,8 @@ from fsdp_qlora.errors import UserError, one_line, one_line_of
 
 ASSISTANT = "### Assistant:"
 TOOL_COLUMNS = ("tools", "functions")
-KWARGS, HISTORY = "chat_template_kwargs", "history"
+KWARGS = "chat_template_kwargs"
+HISTORY = "history"
 LABEL_PROMPT = "Find what the text names and answer with the labels as JSON."
 NOT_TRAINED = -100
 NOTHING: tuple[Any, ...] = (None, "", [], {})  # in a column

@@ -34,7 +34,8 @@ LEFTOVERS = ("dataset_info.json", "state.json", "dataset_dict.json")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 WRAPPER = "data"  # under which a .json file may hold its rows
 PIECE_CHARS = 2**16  # of plain text; a longer one would cost the tokenizer memory
-LONGEST_LINE, LONGEST_ROW = 2**20, 2**26  # characters; of a row as a template writes it, too
+LONGEST_LINE = 2**20
+LONGEST_ROW = 2**26  # characters of a row in its file, or as a template writes it
 LONGEST_TABLE = 2**32  # of a file that is one value in JSON
 
 

@@ -26,7 +26,8 @@ from fsdp_qlora.data.sources import LONGEST_ROW, WORDS
 from fsdp_qlora.errors import UserError, brief, one_line_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-PLAIN_PLACE, CHAT_FILE = "plain chat template", "chat_template.jinja"
+PLAIN_PLACE = "plain chat template"
+CHAT_FILE = "chat_template.jinja"
 GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Types of models for which transformers trusts its own class and not the one that the files name.
 REBUILT_TYPES = ("qwen", "hyperclovax", "siglip")
@@ -39,7 +40,8 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 END_OF_THOUGHT = "</think>"
 # What templates, JSON and Python write in several ways.
 NO_WORDS = re.compile(r"</?think>|\\u00[01][0-9a-f]|\\[bfnrt]|[\s\x00-\x1f\x7f\\\"']")
-LONGEST_RENDER_S, MOST_SHOWN = 30, 40  # of one row; characters of a text that is named
+LONGEST_RENDER_S = 30  # of one row
+MOST_SHOWN = 40  # characters of a text that is named
 
 
 class Text(NamedTuple):

@@ -29,7 +29,8 @@ VERSION = 5  # of what the files mean; raise it when that or the way rows become
 CODES, TABLE, FACTS = "codes.bin", "table.bin", "facts.json"
 START, FILE, NUMBER, HASH, NUM_TRAINED, NUM_UNCUT, PROMPT, SECOND, LABEL = range(9)
 CHUNK = 1024  # texts that are tokenized at once
-NUM_EXAMPLES, NO_TEXT = 5, Text("", (), has_markup=True)
+NUM_EXAMPLES = 5
+NO_TEXT = Text("", (), has_markup=True)
 MOST_BAD = 1000  # then reading stops: the format is another one than we think
 # Rows that were good and that were not. Samples longer than the context, without anything to learn,
 # whose answers all lie beyond the context, pairs of equal answers; samples that hold the

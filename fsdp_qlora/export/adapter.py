@@ -27,7 +27,8 @@ from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TRAIN_TYPES, TrainConfig,
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.planning.sizes import ENDS
 
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
 REFERENCE_NAME = "model_state_dict.safetensors"  # what AnswerDotAI/fsdp_qlora saves
 RECORD_KEY = "fsdp_qlora"
 LAYERS_NAME = "new_layers.safetensors"  # of LLaMA-Pro, by the names of the model's files

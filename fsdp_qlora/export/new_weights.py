@@ -48,7 +48,8 @@ FILE_NAME = re.compile(r"^~/|^\.{0,2}/\w|\w\.\w{1,5}$")  # no token that anybody
 MULTIPLE = 8  # of embedding rows: tensor cores want it
 CHUNK_TOKENS = 64  # compared at once
 WEIGHT_BYTES = 10  # of one number: stored, rounded and as float32
-LOGITS_COPIES, SEED = 4, 0  # the latter of random tokens
+LOGITS_COPIES = 4
+SEED = 0  # of random tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fsdp_qlora import hardware
-from fsdp_qlora.hardware import GIB
 from fsdp_qlora.model.lora import SavedActivations
 from fsdp_qlora.planning.sizes import MAX_GRAPH_SHAPES, MAX_GRAPH_WORK
 
@@ -164,7 +163,9 @@ def choose(
     if setting == "off" or device.type != "cuda":
         return None
     facts = torch.cuda.get_device_properties(device)
-    (gpu,) = hardware.with_measured([hardware.gpu_like(facts.name, facts.total_memory / GIB)])
+    (gpu,) = hardware.with_measured(
+        [hardware.gpu_like(facts.name, facts.total_memory / hardware.GIB)]
+    )
     if work > MAX_GRAPH_WORK * gpu.bf16_tflops:
         return None
     first, *others = map(_facts, layers)

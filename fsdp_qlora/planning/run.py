@@ -25,8 +25,10 @@ from fsdp_qlora.planning.sizes import Sizes, adopt_format, applied, count_traine
 ENV = "FSDP_QLORA_PLAN"  # what the ranks need of the supervisor to plan for the same machine
 GROUPS = (fit.BATCHING, fit.KEEPING, fit.PLACING)
 UNKNOWN = dataclasses.replace(hardware.GPUS["3090"], name="unknown GPU", memory_gib=math.inf)
-WIDTH, WORTH = 100, 1.03  # another setting is worth telling when it is this much faster
-WORDS, IMAGINED = rows.WORDS, "2x24"
+WIDTH = 100
+WORTH = 1.03  # another setting is worth telling when it is this much faster
+WORDS = rows.WORDS
+IMAGINED = "2x24"
 Values = dict[str, Any]  # as JSON has them
 ALIASES = {"cards": cli.Alias("gpus", lambda text: text.replace(",", "+"))}  # a machine of both
 ALIASES |= {"gpu": cli.Alias("gpus")}

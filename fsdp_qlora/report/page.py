@@ -19,7 +19,8 @@ from fsdp_qlora.report.charts import LOOK, TABLE, Tape, planned_steps
 
 # A value of another type than a run records; a record is not checked value by value.
 NO_RECORD = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-NO_PLAN, UNKNOWN = "No plan was recorded, so nothing is predicted here.", "–"
+NO_PLAN = "No plan was recorded, so nothing is predicted here."
+UNKNOWN = "–"
 # How far measured memory may be from the plan, as a share of it, from LARGE_GIB on.
 ROW_AIM, PEAK_AIM, CPU_AIM, LARGE_GIB = 0.10, 0.05, 0.15, 0.5
 LEAST_GIB = 0.0005  # smaller rows are counted in the total only

@@ -25,8 +25,8 @@ from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, redact
 from fsdp_qlora.report import charts, page
 
 HOST, PORT, NAMES = "127.0.0.1", 8123, ("127.0.0.1", "localhost", "::1")  # others are of the web
-# Of a record that are read at a time; of its last line, by which it is known to be the same.
-CHUNK_BYTES, MARK_BYTES = 4 * 2**20, 64
+CHUNK_BYTES = 4 * 2**20  # of a record that are read at a time
+MARK_BYTES = 64  # of the last line: whether a record is still the one that was read
 LOG_BYTES, LOG_LINES, MAX_WAITS = 4096, 20, 4
 OWNER = re.compile(r"pid (\d+) on (\S+)")
 

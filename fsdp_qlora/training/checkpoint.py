@@ -401,7 +401,7 @@ class Checkpointer:
         self.best, self._has_new_best = (step, loss), step != self.step
         if not self._has_new_best:
             self._join()
-            self._start(functools.partial(self._tidy, self.best, str))
+            self._start(functools.partial(self._tidy, self.best, checkpoint_store.ignore))
 
     def poll(self, step: int) -> list[float]:
         """What this rank asks for after a step; the highest of each number over the ranks counts.
