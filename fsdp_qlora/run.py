@@ -125,6 +125,7 @@ def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any,
     visits = f"note      no --accumulate_by_layer: {plan.info.model_type} layers share tensors"
     notes = [visits * (trained.per_visit < cfg.per_visit), packing]
     notes += [plan.info.rope_note(cfg.context_length), peft_note(built.model, plan.info)]
+    notes += [plan.info.positions_note(dataset.train.longest)]
     notes += [plan.info.recurrent_note()] * (world.device.type == "cuda")
     record["lines"] += [line for line in notes if line]
     if is_probed:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,14 +173,22 @@ def test_two_ranks_from_end_to_end(place: Path):
 
 
 def test_the_ranks_of_torchrun_agree_on_the_default_directory(place: Path):
-    """They join as they are; one directory, named by rank 0; ours is not asked to speak."""
-    script = str(PROJECT_DIR / "train.py")
+    """They join as they are; one directory, named by rank 0; ours is not asked to speak.
+
+    The rows are longer than those the model was made for: that is said.
+    """
+    shutil.copytree(place / "model", place / "short")
+    table = json.loads((place / "short" / "config.json").read_text())
+    (place / "short" / "config.json").write_text(json.dumps(table | {"max_position_embeddings": 9}))
+    script, more = str(PROJECT_DIR / "train.py"), ("--max_steps=2", "--save_model=false")
     torchrun = ("-m", "torch.distributed.run", "--nproc_per_node=2", script)
-    code, out, err = run(place, *torchrun, *flags(place, "--max_steps=2", "--save_model=false"))
+    model = f"--model_name={place / 'short'}"
+    code, out, err = run(place, *torchrun, *flags(place, *more, "--sample_prompts=off", model))
     assert code == DONE and not NOISE.search(out)
+    assert re.search(r"(?m)^note +rows of up to \d\d+ tokens: the model was made for 9$", out)
     assert "rror" not in err
     (out_dir,) = (place / "output").iterdir()
-    assert out_dir.name.startswith("model-qlora-20")
+    assert out_dir.name.startswith("short-qlora-20")
     assert sorted(path.name for path in out_dir.iterdir()) == [
         *(".lock", "logs", "metrics.jsonl", "run_config.json", "summary.json"),
     ]

@@ -490,6 +490,12 @@ class ModelInfo:
         where = f"a row in one batch with one of more than {sizes[0]} tokens"
         return f"rope      {kind}: {where} is computed as if it were as long"
 
+    def positions_note(self, longest: int) -> str:
+        """Say that rows, the longest of so many tokens, go beyond what the model was made for."""
+        known = self.config.get("max_position_embeddings") or longest
+        note = f"note      rows of up to {longest:,} tokens: the model was made for {known:,}"
+        return note * (longest > known)
+
     @property
     def num_positions(self) -> int | None:
         """Rows of its table of positions, which no row may exceed; None: it computes them."""

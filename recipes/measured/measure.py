@@ -15,7 +15,8 @@ import time
 import tomllib
 from pathlib import Path
 
-from fsdp_qlora import bench, config, hardware
+from fsdp_qlora import bench, config, hardware, record
+from fsdp_qlora.planning import rows as names
 
 TABLE = tomllib.loads(Path(__file__).with_name("rows.toml").read_text(encoding="utf-8"))
 
@@ -31,13 +32,24 @@ def command(name: str, out: Path) -> list[str]:
     return ["train", *(f"{key}={value}" for key, value in given.items())]
 
 
-def line(name: str, row: dict) -> str:
-    """A row of the table: seconds, tokens/s, GiB reserved, GiB beside the plan."""
-    step = row["step_s"]
+def needed(run: record.Run) -> float:
+    """GiB of a GPU that tensors take by the plan, at their most."""
+    beside = names.SLACK, names.CONTEXT
+    phases = run.table("plan")["device"].values()
+    return max(sum(gib for row, gib in rows.items() if row not in beside) for rows in phases)
+
+
+def line(name: str, row: dict, run: record.Run) -> str:
+    """A row of the table: seconds, tokens/s, GiB of the GPU, GiB beside the plan."""
+    step, plan_gib = row["step_s"], needed(run)
+    taken, pss = row["peak_allocated_gib"], run.table("peaks")["ranks"]
     pairs = (f"{at} {got:.2f} ({got / plan - 1:+.1%})" for at, (plan, got) in row["peaks"].items())
     seconds = f"{step['median']:.3f} s ({step['min']:.3f} to {step['max']:.3f})"
     speed = f"{row['tokens_per_s']:,.0f} tokens/s | {row['peak_reserved_gib']:.2f} GiB reserved"
-    return f"| {name} | {seconds} | {speed} | {', '.join(pairs)} | {row['plan_note']} |"
+    own = f"{taken:.2f} allocated ({taken / plan_gib - 1:+.1%})"
+    host = f"{sum(rank['host_pss_gib'] for rank in pss):.1f} PSS of the ranks"
+    cells = name, seconds, speed, own, ", ".join(pairs), host, row["plan_note"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -60,7 +72,7 @@ def main() -> None:
         elif left_s > 30:
             full = [sys.executable, "-m", "fsdp_qlora", *argv]
             row = bench.run_program(full, os.environ, log, left_s)
-            made = row["reason"] or line(name, row | bench.read_run(out / name))
+            made = row["reason"] or line(name, bench.read_run(out / name), record.read(out / name))
             print(made, f"{row['wall_s']:.0f} s in all", flush=True)
 
 
