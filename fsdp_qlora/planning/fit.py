@@ -21,7 +21,6 @@ from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
 from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, STREAMED, Setting, Sizes, place, setting_for
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
-LONGEST_MARGIN = 0.01  # the same where the longest row is told: 12 GiB hold 92,736 tokens of an 8B
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
 RESIDENT_STEPS = 16  # in sixteenths
 VISITS = (2, 4, 8, 16)  # micro-batches that may pass each layer together
@@ -210,12 +209,8 @@ class Outcome(NamedTuple):
     @property
     def fits_safely(self) -> bool:
         """The same with MARGIN."""
-        return self.fits_with(MARGIN)
-
-    def fits_with(self, margin: float) -> bool:
-        """The same with a share of GPU and host left free."""
         tables = (self.device, self.host)
-        return all(table.free_gib >= margin * (table.limit_gib or 0.0) for table in tables)
+        return all(table.free_gib >= MARGIN * (table.limit_gib or 0.0) for table in tables)
 
 
 def evaluate(info: ModelInfo, cfg: TrainConfig, setting: Setting, machine: Machine) -> Outcome:
@@ -412,7 +407,7 @@ def longest(info: ModelInfo, cfg: TrainConfig, machine: Machine, is_lean: bool =
     def is_too_long(length: int) -> bool:
         runs = [dataclasses.replace(cfg, context_length=length, **own) for own in chances]
         tried = [evaluate(info, run, setting_for(info, run, machine), machine) for run in runs]
-        return not any(item.fits_with(LONGEST_MARGIN) for item in tried)
+        return not any(item.fits for item in tried)  # a margin would refuse rows that run
 
     most = info.num_positions or info.config.get("max_position_embeddings") or MOST_TOKENS
     lengths = range(LENGTH_STEP, most + 1, LENGTH_STEP)

@@ -379,7 +379,7 @@ def test_several_machines_stand_in_one_table(capsys: pytest.CaptureFixture[str])
         for more in (0, 256):
             cfg = dataclasses.replace(cfg, context_length=row["longest"] + more or 256)
             outcomes = fit.explore(plan.info, cfg, machine)
-            fitting = any(outcome.fits_with(fit.LONGEST_MARGIN) for outcome in outcomes)
+            fitting = any(outcome.fits for outcome in outcomes)
             assert fitting == (more == 0 and bool(row["longest"])) or cfg.context_length > 4096
     text = output(capsys, *words, "--gpus", "4,12,2x24")
     assert text.splitlines()[1].startswith("4           NO") and "2x24        yes" in text
