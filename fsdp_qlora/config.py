@@ -513,6 +513,8 @@ def renamed(record: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]
         held.pop("warmup_steps", None)
     if "llama_pro" not in str(held.get("train_type")):
         held.pop("llama_pro_path", None)  # it had no effect
+    if held.get("matmul") == "auto":
+        held["matmul"] = "bf16"  # which it was then; today the record has what was chosen
     texts, removed = {}, []
     for name, value in held.items():
         text = cli.to_text(value)

@@ -184,23 +184,30 @@ def settle(
 ) -> tuple[TrainConfig, str]:
     """Choose what the model and the kind of machine decide, unless the user says otherwise.
 
-    GPUs without bfloat16 compute in float16, CPUs in float32, and the learning rate follows the
-    width of the model.
+    GPUs without bfloat16 compute in float16, CPUs in float32, the learning rate follows the width
+    of the model, and frozen matmuls are in fp8 where that is faster by what was measured (the gain
+    of int8 is a prediction on most GPUs).
 
     Args:
         info, cfg, given, machine: see `make`.
 
     Returns:
-        The run, and why its precision is another: the end of a line, or "".
+        The run, and why its precision or matmuls are others: the end of a line, or "".
     """
-    cfg = dataclasses.replace(cfg, lr=learning_rate(cfg, info))
+    cfg, why = dataclasses.replace(cfg, lr=learning_rate(cfg, info)), ""
     lacking = [d.name for d in machine.gpus or (machine.cpu,) if not d.has_bf16]
     if lacking and "precision" not in given and cfg.compute_dtype == "bfloat16":
         precision, who = ("fp16_autocast", "a") if machine.gpus else ("fp32", "this")
         with contextlib.suppress(UserError):  # raised by options that need bfloat16
             cfg = dataclasses.replace(cfg, precision=precision)
-            return cfg, f"; precision {precision}, as {who} {lacking[0]} has no bfloat16"
-    return cfg, ""
+            why = f"; precision {precision}, as {who} {lacking[0]} has no bfloat16"
+    if cfg.matmul == "auto":
+        is_faster = machine.gpus and all(gpu.gain("fp8") > 1 for gpu in machine.gpus)
+        cfg = dataclasses.replace(cfg, matmul="bf16")
+        with contextlib.suppress(UserError):  # raised by bases and precisions without 8 bit
+            cfg = dataclasses.replace(cfg, matmul="fp8" if is_faster else "bf16")
+        why += f"; matmul {cfg.matmul}"
+    return cfg, why
 
 
 def make(
@@ -433,8 +440,9 @@ def main(argv: list[str]) -> int:
         return DONE if any(row["fits"] for row in table.values()) else ENVIRONMENT
     (machine,) = machines.values()
     sizes.check_context(info, cfg, machine.num_ranks)
+    cfg, why = settle(info, cfg, given, machine)
     found = fit.evaluate(info, cfg, setting_for(info, cfg, machine), machine)
-    plan = RunPlan(cfg, cfg, info, machine, (found,))
+    plan = RunPlan(cfg, cfg, info, machine, (found,), 0, why)
     values = as_dict(plan, found)
     whole = "\n".join(_text(plan, found, values, options.explain))
     print(json.dumps(values, indent=1) if options.json else whole)
@@ -606,7 +614,7 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     elif not values["to_fit"]:
         shown = nearest | {"by": _words(nearest["flags"]) or "what was asked for"}
         lines.append(("to fit", WORDS["nearest"].format_map(shown)))
-    notes = []
+    notes = [plan.note.removeprefix("; ")] * bool(plan.note)
     for gpu in dict.fromkeys(plan.machine.gpus):
         way, gain = plan.cfg.matmul, gpu.gain(plan.cfg.matmul)
         due = {"slow": plan.cfg.compute_dtype == "bfloat16" and not gpu.has_bf16}
