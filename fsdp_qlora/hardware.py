@@ -146,6 +146,8 @@ def least_of(machines: Sequence[Machine]) -> Machine:
         machines: with as many GPUs each.
     """
     gpus = min((m.gpus for m in machines), key=lambda own: min(gpu.memory_gib for gpu in own))
+    low = min((g for m in machines for g in m.gpus), key=lambda g: (g.has_bf16, g.fp8_gain))
+    gpus = tuple(dataclasses.replace(g, has_bf16=low.has_bf16, fp8_gain=low.fp8_gain) for g in gpus)
     hosts = [m.host_gib for m in machines if m.host_gib is not None]
     used = [m.system_gib for m in machines if m.system_gib is not None]
     host_gib, system_gib = min(hosts, default=None), max(used, default=None)

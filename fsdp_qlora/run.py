@@ -109,24 +109,23 @@ def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any,
     from fsdp_qlora.model.load import build
     from fsdp_qlora.training import losses, memory, memory_probe, metrics, optim
 
-    cfg, is_probed = plan.cfg, memory_probe.is_wanted(plan.cfg, world.device)
+    cfg, info, is_probed = plan.cfg, plan.info, memory_probe.is_wanted(plan.cfg, world.device)
     if not is_probed:  # a probe would take as many tokens as the data can bring
         plan = plan.for_rows(dataset.train.most_tokens)
     tracker = memory.MemoryTracker(plan, world.device, dataset)
     with tracker.phase("load"):
-        built = build(cfg, plan.info, world)
+        built = build(cfg, info, world)
         if cfg.init_adapter is not None and is_new:
             load(built.model, adapter.locate(cfg.init_adapter) / adapter.WEIGHTS_NAME)
     tracker.record_model(built)
-    packing = losses.keep_rows_apart(built.model, dataset.train, plan.info, world)
+    packing = losses.keep_rows_apart(built.model, dataset.train, info, world)
     trained = optim.prepare(built.model, cfg, dataset.train.num_steps, world)
     tracker.record_optimizer(trained)
     record = metrics.describe(dataset, built, tracker)
-    visits = f"note      no --accumulate_by_layer: {plan.info.model_type} layers share tensors"
-    notes = [visits * (trained.per_visit < cfg.per_visit), packing]
-    notes += [plan.info.rope_note(cfg.context_length), peft_note(built.model, plan.info)]
-    notes += [plan.info.positions_note(dataset.train.longest)]
-    notes += [plan.info.recurrent_note()] * (world.device.type == "cuda")
+    visits = f"note      no --accumulate_by_layer: {info.model_type} layers share tensors"
+    notes = [visits * (trained.per_visit < cfg.per_visit), packing, peft_note(built.model, info)]
+    notes += [info.rope_note(cfg.context_length), info.positions_note(dataset.train.longest)]
+    notes += [info.recurrent_note()] * (world.device.type == "cuda")
     record["lines"] += [line for line in notes if line]
     if is_probed:
         with cli.Progress("dry run", is_silent=world.rank > 0):

@@ -28,7 +28,7 @@ PEER_BYTES = {True: 0.83 * GIB, False: 0.43 * GIB}
 LIBRARY_BYTES = 64 * 2**20
 # What comes and goes in a step leaves holes of this share (fits the measured peaks to 4 %).
 HOLES = 1 / 3
-LONG_HOLES_BYTES = 0.55 * GIB  # of long rows, whatever their length (8B, 65,536 to 196,608 tokens)
+LONG_HOLES = 0.55 * GIB  # bytes, of long rows whatever their length (8B, 65,536 to 196,608 tokens)
 OTHERS = 0.4  # of the hidden size, a token of them: measured in the same runs
 # Of a CPU rank: what bitsandbytes, oneDNN and the load leave (SmolLM2-135M, two cores).
 CPU_LIBRARY_BYTES = 160 * 2**20
@@ -261,8 +261,7 @@ def _slack(s: Sizes, setting: Setting, moments: list[Rows]) -> list[Term]:
     passing = (rows.LAYER, rows.SCRATCH) if s.kind == "cuda" else (rows.KEPT, rows.LAYER)
     most = max(total_bytes({row: found.get(row, []) for row in passing}) for found in moments)
     is_long = s.tokens(setting) > sizes.LONG_TOKENS
-    holes = {"bytes": LONG_HOLES_BYTES} if is_long else {"bytes": most, "share": HOLES}
-    terms = [term("holes", **holes)]
+    terms = [term("holes", bytes=LONG_HOLES) if is_long else term("holes", bytes=most, share=HOLES)]
     if s.kind == "cuda" and setting.shares > 1:
         terms.append(term("head, in the gather's stream", params=s.head, bytes=s.item))
     if s.kind == "cuda" and setting.count("offloaded"):

@@ -405,6 +405,16 @@ def test_what_is_chosen_fits_the_machine_with_the_least(monkeypatch):
         assert fit.evaluate(plan.info, plan.cfg, setting, small).fits == fits
 
 
+def test_what_one_machine_cannot_compute_in_none_does():
+    """Beside an H100, whose memory is less than that of an MI300X, which has no fp8 here."""
+    cases = {"MI300X": (True, 0.0), "V100-32": (False, 0.0), "H200": (True, 1.5)}
+    for other, expected in cases.items():
+        parts = [hardware.Machine(tuple(hardware.parse_gpus(n)), 64.0) for n in ("H100", other)]
+        for order in (parts, parts[::-1]):
+            (gpu,) = hardware.least_of(order).gpus
+            assert (gpu.has_bf16, gpu.fp8_gain) == expected, other
+
+
 def test_machines_of_unequal_ranks_choose_rate_and_precision_as_others_do(monkeypatch):
     """A 3090 and two 2080 Ti, as -N2 -n3: alike on all ranks; where layers lie is as asked."""
     argv = ["--model_name=llama-2-7b", "--weights=random", "--dataset=dummy", "--output_dir=x"]
