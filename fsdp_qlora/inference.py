@@ -136,9 +136,8 @@ class Opened:
         elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
             text = text.removeprefix(tokenizer.bos_token)
         ids = list(tokenizer(text, add_special_tokens=not is_chat).input_ids)
-        known = self.info.config.get("max_position_embeddings") or len(ids)
-        if len(ids) > known:
-            self.say(f"note      a prompt of {len(ids):,} tokens: the model was made for {known:,}")
+        if note := self.info.positions_note("a prompt of", len(ids)):
+            self.say(note)
         return ids
 
     def reply(self, rows: Rows, how: Sampling, streamer: Any = None) -> list:

@@ -124,7 +124,8 @@ def _build(plan: plans.RunPlan, dataset, world, is_new: bool) -> tuple[Any, Any,
     record = metrics.describe(dataset, built, tracker)
     visits = f"note      no --accumulate_by_layer: {info.model_type} layers share tensors"
     notes = [visits * (trained.per_visit < cfg.per_visit), packing, peft_note(built.model, info)]
-    notes += [info.rope_note(cfg.context_length), info.positions_note(dataset.train.longest)]
+    longest = info.positions_note("rows of up to", dataset.train.longest)
+    notes += [info.rope_note(cfg.context_length), longest]
     notes += [info.recurrent_note()] * (world.device.type == "cuda")
     record["lines"] += [line for line in notes if line]
     if is_probed:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from huggingface_hub import constants
 
-from fsdp_qlora import inference, load_model
+from fsdp_qlora import arch, inference, load_model
 from fsdp_qlora.distributed import launch
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError
 from fsdp_qlora.export import adapter as adapters
@@ -426,7 +426,8 @@ def test_the_template_gets_what_run_and_row_give_it(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     edit_json(tmp_path / "run" / "run_config.json", chat_template_kwargs='{"style": "::"}')
     cfg = inference.config_of(tmp_path / "run", [])
-    opened = inference.Opened(cfg, SimpleNamespace(config={}), None, None, None)
+    info = arch.read("llama-2-7b", need_weights=False)
+    opened = inference.Opened(cfg, info, None, None, None)
     opened.__dict__["tokenizer"] = tokenizer
     turns, tools = [{"role": "user", "content": ASKED}], [{"type": "function", "function": {}}]
     for own, row in [

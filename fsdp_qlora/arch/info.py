@@ -490,11 +490,19 @@ class ModelInfo:
         where = f"a row in one batch with one of more than {sizes[0]} tokens"
         return f"rope      {kind}: {where} is computed as if it were as long"
 
-    def positions_note(self, longest: int) -> str:
-        """Say that rows, the longest of so many tokens, go beyond what the model was made for."""
-        known = self.config.get("max_position_embeddings") or longest
-        note = f"note      rows of up to {longest:,} tokens: the model was made for {known:,}"
-        return note * (longest > known)
+    def positions_note(self, what: str, num_tokens: int) -> str:
+        """Say that a text is longer than those the model was made for.
+
+        Args:
+            what: it is, before its length: "a prompt of".
+            num_tokens: its length.
+
+        Returns:
+            One line, or "".
+        """
+        known = self.config.get("max_position_embeddings") or num_tokens
+        note = f"note      {what} {num_tokens:,} tokens: the model was made for {known:,}"
+        return note * (num_tokens > known)
 
     @property
     def num_positions(self) -> int | None:
