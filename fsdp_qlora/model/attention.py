@@ -390,11 +390,10 @@ def _join(*parts: tuple[torch.Tensor, torch.Tensor]) -> None:
 
     What both have together takes the place of the first's.
     """
-    (out, log_sum), _ = parts
-    whole = torch.logaddexp(*(own for _, own in parts))
-    # In float32, as the sums are, in few passes over long tensors.
-    mine, theirs = (part * (own - whole).exp().t().unsqueeze(2) for part, own in parts)
-    torch.add(mine, theirs, out=out)
+    (out, log_sum), (over, over_sum) = parts
+    whole = torch.logaddexp(log_sum, over_sum)
+    share = (over_sum - whole).exp().t().unsqueeze(2)
+    torch.lerp(out, over, share.to(out.dtype), out=out)  # one pass over long tensors
     log_sum.copy_(whole)
 
 

@@ -240,11 +240,12 @@ def _template(body, inputs: Sequence[Tensor], args: tuple, kwargs: dict) -> Call
 
 @contextmanager
 def _reading(store, quantized: Tensor) -> Iterator[None]:
-    """Let a store read a graph's input; what is dequantized meanwhile belongs to the graph."""
-    read, store.read = store.read, lambda: quantized
+    """Let a store read a graph's input; what is made of it meanwhile belongs to the graph."""
+    before = store.read, store.scales
+    store.read, store.scales = lambda: quantized, {}
     store.cache.clear()
     try:
         yield
     finally:
-        store.read = read
+        store.read, store.scales = before
         store.cache.clear()

@@ -18,6 +18,7 @@ Shape letters: M tokens, I in features, O out features of all linears that read 
 Source: e4m3, arXiv 2209.05433; scales by row, torch._scaled_mm; by block, arXiv 2412.19437, 3.3.2.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -130,7 +131,7 @@ def products(
         low, high_OR = x_MI[:, places], codes_OI[:, places] * weight.scales_O[:, None]
         rows = zip(linears, high_OR.to(x_MI.dtype).split(sizes), strict=True)
         low_ranks = {linear: _joined((low, high), low_ranks.get(linear)) for linear, high in rows}
-    pair = quantize_rows(x_MI, weight.code, factors_I)
+    pair = quantize_rows([x_MI], weight.code, factors_I)
     parts = zip(codes_OI.split(sizes), weight.scales_O.split(sizes), strict=True)
     return [
         multiply(pair, own, True, linear.bias, low_ranks.get(linear))
@@ -157,26 +158,35 @@ def input_gradient(grads_MO: Sequence[torch.Tensor], linears: Sequence[Any]) -> 
         bfloat16 [M, I].
     """
     weight = linears[0].quantized()
-    grad_MO = grads_MO[0] if len(grads_MO) == 1 else torch.cat(list(grads_MO), 1)
-    pair = quantize_rows(grad_MO, weight.code, weight.scales_O)
+    pair = quantize_rows(grads_MO, weight.code, weight.scales_O)
     codes_IO = weight_codes(weight, True)
-    return multiply(pair, (codes_IO, torch.ones(len(codes_IO), device=codes_IO.device)), False)
+    return multiply(pair, (codes_IO, _ones(len(codes_IO), codes_IO.device)), False)
 
 
-def quantize_rows(x_MI: torch.Tensor, code: Code, factors_I: torch.Tensor | None = None) -> Pair:
+@functools.cache
+def _ones(num: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(num, device=device)
+
+
+def quantize_rows(
+    parts: Sequence[torch.Tensor], code: Code, factors_I: torch.Tensor | None = None
+) -> Pair:
     """Codes of every row, and the scale of each of its blocks.
 
     Args:
-        x_MI: bfloat16.
+        parts: bfloat16 [M, I of each], side by side; three at most.
         code: in 8 bit.
         factors_I: float32, multiplied into each row first; or None.
 
     Returns:
         code.dtype [M, I], float32 [M, B].
     """
-    if x_MI.is_cuda:
-        x_MI = x_MI if x_MI.stride(1) == 1 else x_MI.contiguous()
-        return _kernels().quantize_rows(x_MI, factors_I, *code[:3])
+    if code.block and len(parts) > 1:
+        parts = [torch.cat(list(parts), 1)]
+    if parts[0].is_cuda:
+        parts = [x if x.stride(1) == 1 else x.contiguous() for x in parts]
+        return _kernels().quantize_rows(parts, factors_I, *code[:3])
+    x_MI = torch.cat(list(parts), 1)
     num_rows, num = x_MI.shape
     values = x_MI.float() if factors_I is None else x_MI.float() * factors_I
     block = code.block or num

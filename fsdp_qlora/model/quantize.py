@@ -512,6 +512,7 @@ class LayerStore:
         cache: shared by all layers of a model; its own by default.
         formats: rows of FORMATS, by name.
         is_mixed: it holds experts, which are dequantized by themselves, see `stacked`.
+        scales: of linears that run in 8 bit, see matmul.Quantized4; kept from their first use on.
     """
 
     def __init__(
@@ -521,6 +522,7 @@ class LayerStore:
         self.formats = {name: FORMATS[name] for name in layout.formats}
         self._viewed: torch.Tensor | None = None
         self.is_mixed = False
+        self.scales: dict[tuple[int, ...], torch.Tensor] = {}
         self._runs: dict[tuple[int, ...], bool] = {}  # linears that lie side by side
 
     def weight(self, index: int, dtype: torch.dtype) -> torch.Tensor:
@@ -565,7 +567,7 @@ class LayerStore:
         if layout.formats[indices[0]].startswith("hqq"):
             weights = [self.weight(index, torch.bfloat16) for index in indices]
             weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
-            codes_OI, scales_O1 = quantize_rows(weight_OI, code._replace(block=0))
+            codes_OI, scales_O1 = quantize_rows([weight_OI], code._replace(block=0))
             return Quantized8(codes_OI, scales_O1[:, 0], code)
         if cache.key != key:
             self._begin(key)
@@ -575,8 +577,9 @@ class LayerStore:
             codes = self._bytes[layout.weights[first][0] : layout.weights[last][1]]
             absmax = self._constants(first, last)[0][: codes.numel() * 2 // GROUP]
             table = values_of(layout.formats[first][:3], codes.device)
-            scales = row_scales(absmax, num_out, code)
-            cache.joint[indices] = Quantized4(codes, absmax, table, scales, code)
+            if indices not in self.scales:
+                self.scales[indices] = row_scales(absmax, num_out, code)
+            cache.joint[indices] = Quantized4(codes, absmax, table, self.scales[indices], code)
         return cache.joint[indices]
 
     def stacked(self, parts: Sequence[tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:

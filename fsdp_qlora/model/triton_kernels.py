@@ -21,6 +21,14 @@ CONSTANTS_PER_PROGRAM = 1024
 NUM_WARPS = 4
 
 
+def _cdiv(num: int, per: int) -> int:
+    return -(-num // per)  # Triton's own takes the host as long as half a launch
+
+
+def _power_of_2(num: int) -> int:
+    return 1 << (num - 1).bit_length()
+
+
 @triton.jit
 def _dequantize_bnb(
     quantized, absmax, table, out, num, stride, group_bytes: tl.constexpr, tile: tl.constexpr
@@ -71,7 +79,7 @@ def dequantize_bnb(
     """
     num, stride = (out.shape[0], out.stride(0)) if out.dim() == 3 else (1, 0)
     size = out.numel() // num
-    grid = (triton.cdiv(size, 2 * BYTES_PER_PROGRAM), num)
+    grid = (_cdiv(size, 2 * BYTES_PER_PROGRAM), num)
     meta = {"group_bytes": group // 2, "tile": BYTES_PER_PROGRAM, "num_warps": NUM_WARPS}
     _dequantize_bnb[grid](quantized, absmax, table, out, size, stride, **meta)
     return out
@@ -89,7 +97,7 @@ def expand(quantized: Tensor, nested: Tensor, offset: Tensor, code: Tensor, grou
     out = torch.empty(quantized.shape, dtype=torch.float32, device=quantized.device)
     meta = {"tile": CONSTANTS_PER_PROGRAM, "num_warps": NUM_WARPS, "group": group}
     meta["enable_fp_fusion"] = False  # else product and sum are rounded once
-    grid = (triton.cdiv(out.numel(), CONSTANTS_PER_PROGRAM),)
+    grid = (_cdiv(out.numel(), CONSTANTS_PER_PROGRAM),)
     _expand[grid](quantized, nested, offset, code, out, out.numel(), **meta)
     return out
 
@@ -275,9 +283,9 @@ def grouped_matmul(
     tile_n = 16 if n <= 16 else 256 if is_wide and n >= 256 else 128
     tile_k = 32 if x.dtype == torch.float32 else 64
     meta = {"tile_m": tiles[3], "tile_n": tile_n, "tile_k": tile_k, "is_even": k % tile_k == 0}
-    meta |= {"rank": rank, "rank_tile": max(16, triton.next_power_of_2(rank)), "turned": turned}
+    meta |= {"rank": rank, "rank_tile": max(16, _power_of_2(rank)), "turned": turned}
     meta |= {"num_warps": 4 if tile_n == 16 else 8, "num_stages": 3}
-    grid = (tiles[0].numel() * triton.cdiv(n, tile_n),)
+    grid = (tiles[0].numel() * _cdiv(n, tile_n),)
     tensors = x, weight, out, bias, low, high, *tiles[:3], source, target
     _grouped_matmul[grid](*tensors, alpha, *experts, n, k, **meta)
 
@@ -327,9 +335,9 @@ def grouped_outer(
         source: row of `x` of each row, or None.
     """
     n, rank, tile_n = x.shape[1], low.shape[1], 128
-    meta = {"rank": rank, "rank_tile": max(16, triton.next_power_of_2(rank))}
+    meta = {"rank": rank, "rank_tile": max(16, _power_of_2(rank))}
     meta |= {"tile_m": 64, "tile_n": tile_n, "num_warps": 4}
-    grid = (out.shape[0], triton.cdiv(n, tile_n))
+    grid = (out.shape[0], _cdiv(n, tile_n))
     _grouped_outer[grid](low, x, out, starts, source, n, **meta)
 
 
@@ -418,65 +426,99 @@ def weight_codes(
     tensors, meta = (codes, absmax, table, scales_O, out), {"group_bytes": group // 2}
     meta["enable_fp_fusion"] = False
     if is_turned:
-        grid = (triton.cdiv(num_out, TURNED_ROWS), 2 * num_bytes // group)
+        grid = (_cdiv(num_out, TURNED_ROWS), 2 * num_bytes // group)
         _weight_turned[grid](
             *tensors, num_out, num_bytes, tile=TURNED_ROWS, num_warps=NUM_WARPS, **meta
         )
         return
-    grid = (num_out, triton.cdiv(num_bytes, BYTES_PER_PROGRAM))
+    grid = (num_out, _cdiv(num_bytes, BYTES_PER_PROGRAM))
     _weight_rows[grid](*tensors, num_bytes, tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta)
+
+
+@triton.jit
+def _load_part(x, factors, row, at, num, stride, block: tl.constexpr):
+    """A part of a row times its factors, the largest number, and 0, or none where one is none."""
+    col = at[:, None] * block + tl.arange(0, block)[None, :]
+    values = tl.load(x + row * stride + col, mask=col < num, other=0).to(tl.float32)
+    rest = tl.sum(values - values, 1)
+    if factors is not None:
+        values = values * tl.load(factors + col, mask=col < num, other=0)
+    return values, tl.max(tl.abs(values), 1), rest
+
+
+@triton.jit
+def _store_part(codes, values, inverse, at, num, largest: tl.constexpr, block: tl.constexpr):
+    col = at[:, None] * block + tl.arange(0, block)[None, :]
+    quotient = tl.minimum(tl.maximum(values * inverse, -largest), largest)
+    tl.store(codes + col, _cast(quotient, codes.dtype.element_ty), mask=col < num)
 
 
 @triton.jit
 def _quantize_rows(
     x,
+    y,
+    z,
     factors,
     codes,
     scales,
     num,
+    y_num,
+    z_num,
     stride,
+    y_stride,
+    z_stride,
+    width: tl.constexpr,
+    y_width: tl.constexpr,
+    z_width: tl.constexpr,
     largest: tl.constexpr,
-    has_factors: tl.constexpr,
-    block: tl.constexpr,
     blocks: tl.constexpr,
 ):
+    """One part of a row in blocks, or up to three side by side whose scale is the same."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * blocks + tl.arange(0, blocks)
-    col = at[:, None] * block + tl.arange(0, block)[None, :]
-    is_in = col < num
-    values = tl.load(x + row * stride + col, mask=is_in, other=0).to(tl.float32)
-    rest = tl.sum(values - values, 1)  # not finite where one of them is not
-    if has_factors:
-        values = values * tl.load(factors + col, mask=is_in, other=0)
-    most = tl.maximum(tl.max(tl.abs(values), 1), FLOOR) + rest
-    quotient = values * tl.math.div_rn(largest, most)[:, None]
-    quotient = tl.minimum(tl.maximum(quotient, -largest), largest)
-    tl.store(codes + row * num + col, _cast(quotient, codes.dtype.element_ty), mask=is_in)
+    values, most, rest = _load_part(x, factors, row, at, num, stride, width)
+    if y is not None:
+        factors += num
+        y_values, y_most, y_rest = _load_part(y, factors, row, at, y_num, y_stride, y_width)
+        most, rest = tl.maximum(most, y_most), rest + y_rest
+    if z is not None:
+        factors += y_num
+        z_values, z_most, z_rest = _load_part(z, factors, row, at, z_num, z_stride, z_width)
+        most, rest = tl.maximum(most, z_most), rest + z_rest
+    most = tl.maximum(most, FLOOR) + rest
+    inverse = tl.math.div_rn(largest, most)[:, None]
+    out = codes + row * (num + y_num + z_num)
+    _store_part(out, values, inverse, at, num, largest, width)
+    if y is not None:
+        _store_part(out + num, y_values, inverse, at, y_num, largest, y_width)
+    if z is not None:
+        _store_part(out + num + y_num, z_values, inverse, at, z_num, largest, z_width)
     place = scales + at * tl.num_programs(0) + row
-    tl.store(place, tl.math.div_rn(most, largest), mask=at * block < num)
+    tl.store(place, tl.math.div_rn(most, largest), mask=at * width < num)
 
 
 def quantize_rows(
-    x_MI: Tensor, factors_I: Tensor | None, dtype: torch.dtype, largest: float, block: int
+    parts: list[Tensor], factors_I: Tensor | None, dtype: torch.dtype, largest: float, block: int
 ) -> tuple[Tensor, Tensor]:
     """See matmul.quantize_rows; scales of a block lie together.
 
     Args:
-        x_MI: rows contiguous.
+        parts: rows contiguous; one, or up to three without blocks and with factors.
         factors_I: float32, or None.
         dtype, largest, block: see matmul.Code.
     """
-    num_rows, num = x_MI.shape
-    width, blocks = (block, BLOCKS) if block else (triton.next_power_of_2(num), 1)
-    codes = torch.empty(x_MI.shape, dtype=dtype, device=x_MI.device)
-    size = triton.cdiv(num, width), num_rows
-    scales = torch.empty(size, dtype=torch.float32, device=x_MI.device).t()
-    factors = scales if factors_I is None else factors_I
-    meta = {"block": width, "blocks": blocks, "has_factors": factors_I is not None}
-    meta |= {"largest": largest, "enable_fp_fusion": False}
-    meta["num_warps"] = min(16, max(4, width * blocks // 1024))
-    grid = num_rows, triton.cdiv(num, width * blocks)
-    _quantize_rows[grid](x_MI, factors, codes, scales, num, x_MI.stride(0), **meta)
+    rest = 3 - len(parts)
+    nums = [part.shape[1] for part in parts] + [0] * rest
+    strides = [part.stride(0) for part in parts] + [0] * rest
+    widths, blocks = ([block] * 3, BLOCKS) if block else ([_power_of_2(n) for n in nums], 1)
+    codes = torch.empty(len(parts[0]), sum(nums), dtype=dtype, device=parts[0].device)
+    size = _cdiv(nums[0], widths[0]), len(codes)
+    scales = torch.empty(size, dtype=torch.float32, device=codes.device).t()
+    num_warps = min(16, max(4, _power_of_2(sum(widths[: len(parts)]) * blocks // 1024)))
+    meta = {"largest": largest, "blocks": blocks, "num_warps": num_warps, "enable_fp_fusion": False}
+    grid = len(codes), _cdiv(nums[0], widths[0] * blocks)
+    tensors = *parts, *[None] * rest, factors_I, codes, scales
+    _quantize_rows[grid](*tensors, *nums, *strides, *widths, **meta)
     return codes, scales
 
 
@@ -550,7 +592,7 @@ def int8_matmul(
     meta = {"rank": 0 if low is None else low.shape[1], "is_even": k % BLOCK.value == 0}
     meta |= {"tile_m": tile_m, "tile_n": tile_n, "band": 8}
     meta |= {"num_warps": num_warps, "num_stages": num_stages}
-    grid = (triton.cdiv(m, tile_m) * triton.cdiv(n, tile_n),)
+    grid = (_cdiv(m, tile_m) * _cdiv(n, tile_n),)
     tensors = codes, y_codes, out, scales, y_scales, bias, low, high
     _int8_matmul[grid](*tensors, m, n, k, **meta)
     return out

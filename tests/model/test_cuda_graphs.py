@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from fsdp_qlora.model import cuda_graphs, skeleton
+from fsdp_qlora.model import cuda_graphs, matmul, skeleton
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -112,7 +112,11 @@ def _train_by_stand_in(world, path, cases):
     def chosen(setting, *rest):
         return None if setting == "off" else cuda_graphs.Graphs()
 
-    with patch.multiple(cuda_graphs.Graphs, **own), patch.object(skeleton, "choose_graphs", chosen):
+    with (
+        patch.multiple(cuda_graphs.Graphs, **own),
+        patch.object(skeleton, "choose_graphs", chosen),
+        patch.object(matmul, "MIN_TOKENS_8_BIT", 1),
+    ):
         return _train(world, path, cases)
 
 
@@ -122,6 +126,7 @@ def test_what_graphs_read_and_write_is_that_of_each_layer(tmp_path, num_ranks):
     path = tiny.save_model(tmp_path / "model", num_hidden_layers=5)
     place = ("--offload_impl=stream",) if num_ranks == 1 else ("--use_cpu_offload=false",)
     cases = {("--precision=fp32", *place, *kept): num for kept, num in LEVELS.items()}
+    cases[("--precision=bf16", "--matmul=fp8", *place)] = 1
     off = [(*case, "--cuda_graphs=off") for case in cases]
     for results in run_ranks(_train_by_stand_in, num_ranks, path, [*cases, *off]):
         _check(results, [*cases.values()])

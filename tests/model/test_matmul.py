@@ -108,10 +108,15 @@ def test_the_kernels_compute_what_plain_pytorch_does(way):
         assert torch.equal(out.view(torch.uint8), rounded.view(torch.uint8))
     x = torch.randn(9, NUM_IN).bfloat16()
     x[3] = 0
-    for factors in (None, torch.rand(NUM_IN)):
-        codes, scales = matmul.quantize_rows(x, code, factors)
-        own = None if factors is None else factors.to(tiny.DEVICE)
-        rows = triton_kernels.quantize_rows(x.to(tiny.DEVICE), own, dtype, *code[1:3])
+    factors = torch.rand(NUM_IN)
+    one, two = x.split((20, NUM_IN - 20), 1), x.split((20, 7, NUM_IN - 27), 1)
+    for parts, own in (([x], None), ([x], factors), (one, factors), (two, factors)):
+        if code.block and len(parts) > 1:
+            continue
+        codes, scales = matmul.quantize_rows([x], code, own)
+        parts = [part.contiguous().to(tiny.DEVICE) for part in parts]
+        own = None if own is None else own.to(tiny.DEVICE)
+        rows = triton_kernels.quantize_rows(parts, own, dtype, *code[1:3])
         assert torch.equal(rows[0].cpu().to(code.dtype).view(torch.uint8), codes.view(torch.uint8))
         assert torch.equal(rows[1].cpu(), scales)
 
@@ -124,8 +129,8 @@ def test_the_int8_kernel_sums_up_what_plain_pytorch_does(sizes):
 
     torch.manual_seed(0)
     (m, n, k), code = sizes, matmul.CODES["int8"]
-    x = matmul.quantize_rows(torch.randn(m, k).bfloat16(), code)
-    codes, scales = matmul.quantize_rows(torch.randn(n, k).bfloat16(), code._replace(block=0))
+    x = matmul.quantize_rows([torch.randn(m, k).bfloat16()], code)
+    codes, scales = matmul.quantize_rows([torch.randn(n, k).bfloat16()], code._replace(block=0))
     left = x[0].double() * x[1].repeat_interleave(matmul.BLOCK, 1)[:, :k]
     exact = left @ (codes * scales).double().t()
     low, high, bias = torch.randn(m, 40), torch.randn(n, 40), torch.randn(n)
