@@ -88,7 +88,7 @@ TRAIN_TYPES = {name: TrainType(*row) for name, row in _TABLE["train_types"].item
 STRATEGIES = {name: Strategy(**row) for name, row in _TABLE["strategies"].items()}
 OPTIMIZERS = {name: Optimizer(**row) for name, row in _TABLE["optimizers"].items()}
 PRECISIONS: dict[str, str] = _TABLE["precisions"]
-MATMULS = ("bf16", "fp8", "int8", "auto")
+MATMULS = ("bf16", "fp16", "fp8", "int8", "auto")
 TRACKERS = tuple(_TABLE["trackers"])
 OBJECTIVES = {name: Objective(**row) for name, row in _TABLE["objectives"].items()}
 # Option -> the objectives that read it.

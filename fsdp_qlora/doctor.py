@@ -489,9 +489,37 @@ def speed(world: "World") -> Iterator[Finding]:
     sustained = tflops * SUSTAINED_SHARE
     value = f"{tflops:.3g} TFLOP/s ({size} x {size}); {sustained:.3g} expected over a step"
     yield Finding(kind, value, speeds={"bf16_tflops": sustained})
+    for way, work in _frozen_matmuls(left, right).items():
+        gain = rate(work) * 2 * size**3 / 1e12 / tflops
+        value = f"{gain:.3g}x as fast as {kind}, for --matmul {way}"
+        yield Finding(way, value, speeds={f"{way}_gain": gain})
     source, target = torch.ones(2, nbytes, dtype=torch.uint8, device=world.device)
     gbs = 2 * nbytes * rate(lambda: target.copy_(source)) / 1e9
     yield Finding("memory", f"{gbs:,.3g} GB/s", speeds={"memory_gbs": gbs})
+
+
+def _frozen_matmuls(x_MI: "torch.Tensor", weight_OI: "torch.Tensor") -> dict[str, Callable]:
+    """What `--matmul` can do on this GPU -> such a product, the codes of its input included."""
+    import torch
+
+    from fsdp_qlora.model import matmul, quantize, skeleton
+
+    found: dict[str, Callable] = {}
+    if not x_MI.is_cuda or x_MI.dtype != torch.bfloat16 or not quantize.triton_kernels(True):
+        return found
+    for way, majors in skeleton.MAJORS.items():
+        if torch.cuda.get_device_capability(x_MI.device)[0] not in majors:
+            continue
+        if way == "fp16":
+            found[way] = partial(matmul.plus_product, None, x_MI, weight_OI.half().t())
+            continue
+        code = matmul.CODES[way]
+        codes_OI, scales_O1 = matmul.quantize_rows([weight_OI], code._replace(block=0))
+        y = codes_OI, scales_O1[:, 0]
+        found[way] = lambda code=code, y=y: matmul.multiply(
+            matmul.quantize_rows([x_MI], code), y, True
+        )
+    return found
 
 
 def meet(world: "World") -> Iterator[Finding]:

@@ -42,11 +42,12 @@ class Device:
         host_link_gbs: from the host, GB/s, all GPUs at once.
         peer_gbs: from another GPU, GB/s; 0: through the host.
         is_measured: the speeds are from `machine_file`.
+        measured_gains: which gains are too, blanks between them.
         has_bf16: matmuls of bfloat16 run on its tensor cores.
         network_gbs: from its machine to another, GB/s, all GPUs of the machine together.
         dense_tflops: of its data sheet.
         disk_gbs: read from the disk of its machine, GB/s; an assumption where nobody measured it.
-        fp8_gain, int8_gain: see `gain`.
+        fp8_gain, int8_gain, fp16_gain: see `gain`.
     """
 
     name: str
@@ -56,11 +57,13 @@ class Device:
     host_link_gbs: float
     peer_gbs: float = 0.0
     is_measured: bool = False
+    measured_gains: str = ""
     has_bf16: bool = True
     network_gbs: float = 1.25
     dense_tflops: float = 0.0
     fp8_gain: float = 0.0
     int8_gain: float = 0.0
+    fp16_gain: float = 1.0
     disk_gbs: float = 1.5
 
     def gain(self, matmul: str) -> float:
@@ -69,12 +72,17 @@ class Device:
         Args:
             matmul: `--matmul`.
         """
-        return {"fp8": self.fp8_gain, "int8": self.int8_gain * self.has_bf16}.get(matmul, 1.0)
+        return getattr(self, f"{matmul}_gain", 1.0) * (self.has_bf16 or matmul == "bf16")
+
+    def is_predicted(self, matmul: str) -> bool:
+        """Whether nobody has measured that gain: those of fp8 were, on a GPU as this one."""
+        return matmul in ("int8", "fp16") and f"{matmul}_gain" not in self.measured_gains
 
 
+GAINS = ("fp8_gain", "int8_gain", "fp16_gain")
 _SERIES = tomllib.loads(Path(__file__).with_name("gpus.toml").read_text(encoding="utf-8"))
 GPUS = {
-    name: Device(name, **{"int8_gain": table.get("int8_gain", 0.0), **row})
+    name: Device(name, **{key: table[key] for key in GAINS if key in table} | row)
     for table in _SERIES.values()
     for name, row in table.items()
     if isinstance(row, dict)
@@ -146,8 +154,11 @@ def least_of(machines: Sequence[Machine]) -> Machine:
         machines: with as many GPUs each.
     """
     gpus = min((m.gpus for m in machines), key=lambda own: min(gpu.memory_gib for gpu in own))
-    low = min((g for m in machines for g in m.gpus), key=lambda g: (g.has_bf16, g.fp8_gain))
-    gpus = tuple(dataclasses.replace(g, has_bf16=low.has_bf16, fp8_gain=low.fp8_gain) for g in gpus)
+    every = [gpu for machine in machines for gpu in machine.gpus]
+    low = {name: min(getattr(gpu, name) for gpu in every) for name in ("has_bf16", *GAINS)}
+    known = set.intersection(*({*gpu.measured_gains.split()} for gpu in every))
+    low["measured_gains"] = " ".join(sorted(known))
+    gpus = tuple(dataclasses.replace(gpu, **low) for gpu in gpus)
     hosts = [m.host_gib for m in machines if m.host_gib is not None]
     used = [m.system_gib for m in machines if m.system_gib is not None]
     host_gib, system_gib = min(hosts, default=None), max(used, default=None)
@@ -404,7 +415,8 @@ def with_measured(devices: list[Device], link_gbs: float | None = None) -> list[
         # The disk is that of this machine, on which a GPU was measured, or not.
         disk = measured.get("disk", {}) if row or device.name == CPU.name else {}
         speeds: dict[str, Any] = {SPEEDS[key]: value for key, value in (disk | row).items()}
-        found.append(dataclasses.replace(device, **speeds | given, is_measured=bool(row)))
+        speeds |= {"measured_gains": " ".join(filter(row.__contains__, GAINS))} | given
+        found.append(dataclasses.replace(device, **speeds, is_measured=bool(row)))
     return found
 
 

@@ -235,11 +235,12 @@ def test_measured_speeds_replace_those_of_the_table(
     path.write_text(json.dumps({"cards": {"disk": {"disk_gbs": 9}}}))
     assert hardware.with_measured(listed) == [GPUS["3090"]]  # it is elsewhere, and so is its disk
     assert hardware.with_measured([hardware.CPU])[0].disk_gbs == 9
-    row = {"bf16_tflops": 55.5, "host_link_gbs": 13, "card_link_gbs": 7}
+    row = {"bf16_tflops": 55.5, "host_link_gbs": 13, "card_link_gbs": 7, "int8_gain": 1.9}
     path.write_text(json.dumps({"cards": {RTX: row}}))
     (found,) = hardware.with_measured(listed)
     assert found.is_measured and (found.bf16_tflops, found.host_link_gbs) == (55.5, 13)
-    assert (found.peer_gbs, found.memory_gbs) == (7, 936)
+    assert (found.peer_gbs, found.memory_gbs, found.gain("int8")) == (7, 936, 1.9)
+    assert found.is_predicted("fp16") and not found.is_predicted("int8")
     assert hardware.with_measured(listed, 5.0)[0].host_link_gbs == 5
     path.write_text("[]")
     with pytest.raises(UserError, match="not what doctor writes"):

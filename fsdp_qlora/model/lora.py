@@ -185,11 +185,12 @@ class FrozenMatmul(torch.autograd.Function):
                     out.add_(delta)
             return tuple(outs)
         ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
+        ctx.dtype = x.dtype if asides else matmul.dtype_of(linears[0], _flat(x))
         if is_done:
             return deltas_MO
         a_RIs = asides or [None] * len(linears)
         pairs = [
-            _matmul(_flat(x), linear, delta, a_RI)
+            _matmul(_flat(x), linear, delta, a_RI, ctx.dtype)
             for linear, delta, a_RI in zip(linears, deltas_MO, a_RIs, strict=True)
         ]
         sides = [side for _, side in pairs[: len(asides)]]
@@ -203,19 +204,15 @@ class FrozenMatmul(torch.autograd.Function):
             grad_MI = matmul.input_gradient(grads_MO, ctx.linears)
         elif ctx.needs_input_grad[0]:
             for grad_MO, linear in zip(grads_MO, ctx.linears, strict=False):
-                weight_OI = linear.dequantize(grad_MO.dtype)
-                if grad_MI is None:
-                    grad_MI = grad_MO @ weight_OI
-                else:
-                    grad_MI.addmm_(grad_MO, weight_OI)
+                grad_MI = matmul.plus_product(grad_MI, grad_MO, linear.dequantize(ctx.dtype))
         grad_x = None if grad_MI is None else grad_MI.view(ctx.shape)
         deltas = zip(grads_MO, ctx.needs_input_grad[4:], strict=False)
         return grad_x, None, None, None, *[grad if needed else None for grad, needed in deltas]
 
 
-def _matmul(x_MI, linear, delta_MO, a_RI) -> tuple[torch.Tensor, torch.Tensor | None]:
-    weight_OI = linear.dequantize(x_MI.dtype)
-    out_MO = x_MI @ weight_OI.t() if delta_MO is None else delta_MO.addmm_(x_MI, weight_OI.t())
+def _matmul(x_MI, linear, delta_MO, a_RI, dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    weight_OI = linear.dequantize(dtype)
+    out_MO = matmul.plus_product(delta_MO, x_MI, weight_OI.t())
     if a_RI is not None:
         return out_MO, weight_OI @ a_RI.t()
     return out_MO if linear.bias is None else out_MO.add_(linear.bias), None
@@ -502,11 +499,13 @@ class QuantizedLinear(nn.Module):
         group: the linears that read the same input, itself included.
         quantized: gives the 4-bit weights of its group, whose first it is, where large matmuls run
             in 8 bit; else None.
+        sums_in_fp16: whether large matmuls do.
     """
 
     bias: nn.Parameter | None
     group: InputGroup
     quantized: Callable[[], matmul.Quantized4 | matmul.Quantized8] | None = None
+    sums_in_fp16 = False
 
     def __init__(self, linear: nn.Linear, dequantize: Dequantize, stored_name: str = "") -> None:
         super().__init__()

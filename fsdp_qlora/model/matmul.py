@@ -1,5 +1,8 @@
 """Frozen matmuls in 8 bit: codes of a 4-bit weight in e4m3 or int8, made anew for each matmul.
 
+Or in float16 summed up in float16, at twice the rate on GeForce: weights and inputs are as exact as
+in bfloat16, the sums are not.
+
 A product of two matrices in 8 bit runs at twice the rate of bfloat16 and more: of e4m3 on
 data-centre GPUs from Hopper on, of int8 on those before and on GeForce. It wants both contiguous
 along the sum. From 4-bit codes both layouts of W are free to make. Each row of W has one scale, its
@@ -107,7 +110,54 @@ def serves(linears: Sequence[Any], x_MI: torch.Tensor) -> bool:
     first = linears[0]
     if getattr(first, "quantized", None) is None or len(linears) < len(first.group.linears):
         return False
-    return x_MI.shape[0] >= MIN_TOKENS_8_BIT and x_MI.dtype == torch.bfloat16 and first.training
+    return _is_large(x_MI) and first.training
+
+
+def _is_large(x_MI: torch.Tensor) -> bool:
+    return x_MI.shape[0] >= MIN_TOKENS_8_BIT and x_MI.dtype == torch.bfloat16
+
+
+def dtype_of(linear: Any, x_MI: torch.Tensor) -> torch.dtype:
+    """Of the weight that a product of 16 bit takes: float16 where it is summed up in that.
+
+    Args:
+        linear: that reads x.
+        x_MI: its input.
+    """
+    in_fp16 = getattr(linear, "sums_in_fp16", False) and _is_large(x_MI) and linear.training
+    return torch.float16 if in_fp16 else x_MI.dtype
+
+
+def plus_product(
+    total_MN: torch.Tensor | None, x_MK: torch.Tensor, y_KN: torch.Tensor
+) -> torch.Tensor:
+    """total + x y, written into total where there is one.
+
+    Rows of x are multiplied by powers of two, so that float16 has them exactly; a sum beyond its
+    range is not finite, which the guard sees.
+
+    Args:
+        total_MN: of the dtype of x, or None.
+        x_MK: 16 bit.
+        y_KN: of the same dtype; or float16 beside bfloat16: sums are made in float16.
+    """
+    if x_MK.dtype == y_KN.dtype:
+        return x_MK @ y_KN if total_MN is None else total_MN.addmm_(x_MK, y_KN)
+    most_M1 = torch.linalg.vector_norm(x_MK, torch.inf, 1, keepdim=True)
+    powers_M1 = most_M1.float().frexp().exponent
+    ones_M1 = torch.ones_like(most_M1, dtype=torch.float32)
+    half_MK = torch.empty_like(x_MK, dtype=torch.float16)
+    torch.mul(x_MK, torch.ldexp(ones_M1, -powers_M1), out=half_MK)
+    if x_MK.is_cuda:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = True
+        product_MN = half_MK @ y_KN
+    else:  # as tensor cores do: 16 products at once
+        product_MN = x_MK.new_zeros(len(x_MK), y_KN.shape[1], dtype=torch.float16)
+        for x, y in zip(half_MK.split(16, 1), y_KN.split(16), strict=True):
+            product_MN = (product_MN + x.float() @ y.float()).half()
+    own_MN = torch.empty_like(product_MN, dtype=x_MK.dtype)
+    torch.mul(product_MN, torch.ldexp(ones_M1, powers_M1), out=own_MN)
+    return own_MN if total_MN is None else total_MN.add_(own_MN)
 
 
 def products(

@@ -488,10 +488,12 @@ class LayerCache:
         joint: places in the layer -> the 4-bit weights of linears that read one input.
         most_bytes: of the weights of a layer that is dequantized at once.
         code: of large matmuls in 8 bit, or None.
+        sums_in_fp16: whether large matmuls do.
     """
 
     def __init__(self, matmul: str = "bf16") -> None:
         self.most_bytes, self.code = whole_layer_bytes(), CODES.get(matmul)
+        self.sums_in_fp16 = matmul == "fp16"
         self.clear()
 
     def clear(self) -> None:

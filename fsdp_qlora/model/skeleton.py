@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 # Where 8 bit gains, by compute capability: Ampere and Ada, Hopper, data-centre Blackwell, GeForce.
-MAJORS = {"fp8": (9, 10), "int8": (8, 9, 12)}
+MAJORS = {"fp8": (9, 10), "int8": (8, 9, 12), "fp16": (8, 9, 12)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -606,6 +606,7 @@ def _build_body(
     for name, index in places.items():
         stored = kind.linears[index].name
         linears[name] = lora.QuantizedLinear(built[name], partial(store.weight, index), stored)
+        linears[name].sums_in_fp16 = store.cache.sums_in_fp16
         layer.set_submodule(name, linears[name])
     joint = lora.group_linears(linears)
     for group in joint:

@@ -18,7 +18,15 @@ from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import memory, sizes
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
-from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, STREAMED, Setting, Sizes, place, setting_for
+from fsdp_qlora.planning.sizes import (
+    IN_8_BIT,
+    MIN_TOKENS_8_BIT,
+    STREAMED,
+    Setting,
+    Sizes,
+    place,
+    setting_for,
+)
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones
@@ -100,7 +108,7 @@ def _passes(s: Sizes, setting: Setting, gpu: Device) -> list[dict[str, float]]:
     tokens = s.tokens(setting) * setting.per_visit
     matmuls = 2.0 * s.active * s.layers * tokens
     gain = gpu.gain(s.cfg.matmul) if s.tokens(setting) >= MIN_TOKENS_8_BIT else 1.0
-    matmuls, is_8_bit = matmuls / (gain or 1.0), gain not in (0, 1)
+    matmuls, is_8_bit = matmuls / (gain or 1.0), s.cfg.matmul in IN_8_BIT and gain not in (0, 1)
     attention = 2.0 * s.layers * s.attention * s.cfg.context_length * tokens / ATTENTION_SHARE
     head, lora = 2.0 * s.head * tokens, 2.0 * s.lora_passed * s.layers * tokens
     weight_grads = 2.0 * (s.num_trained(setting) - s.lora * s.layers) * tokens  # of whole weights

@@ -185,8 +185,8 @@ def settle(
     """Choose what the model and the kind of machine decide, unless the user says otherwise.
 
     GPUs without bfloat16 compute in float16, CPUs in float32, the learning rate follows the width
-    of the model, and frozen matmuls are in fp8 where that is faster by what was measured (the gain
-    of int8 is a prediction on most GPUs).
+    of the model, and frozen matmuls are in 8 bit where that is faster by what was measured: fp8 on
+    GPUs as an H200, either on those that `doctor` has seen.
 
     Args:
         info, cfg, given, machine: see `make`.
@@ -202,10 +202,13 @@ def settle(
             cfg = dataclasses.replace(cfg, precision=precision)
             why = f"; precision {precision}, as {who} {lacking[0]} has no bfloat16"
     if cfg.matmul == "auto":
-        is_faster = machine.gpus and all(gpu.gain("fp8") > 1 for gpu in machine.gpus)
+        gains = {"bf16": 1.0}
+        for way in sizes.IN_8_BIT if machine.gpus else ():
+            known = [gpu.gain(way) * (not gpu.is_predicted(way)) for gpu in machine.gpus]
+            gains[way] = min(known)
         cfg = dataclasses.replace(cfg, matmul="bf16")
         with contextlib.suppress(UserError):  # raised by bases and precisions without 8 bit
-            cfg = dataclasses.replace(cfg, matmul="fp8" if is_faster else "bf16")
+            cfg = dataclasses.replace(cfg, matmul=max(gains, key=lambda way: gains[way]))
         why += f"; matmul {cfg.matmul}"
     return cfg, why
 
@@ -618,7 +621,7 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     for gpu in dict.fromkeys(plan.machine.gpus):
         way, gain = plan.cfg.matmul, gpu.gain(plan.cfg.matmul)
         due = {"slow": plan.cfg.compute_dtype == "bfloat16" and not gpu.has_bf16}
-        due |= {"idle": not gain, "predicted": bool(gain) and way == "int8"}
+        due |= {"idle": not gain, "predicted": bool(gain) and gpu.is_predicted(way)}
         texts = [WORDS["of_gpus"][name] for name in due if due[name]]
         notes += [text.format(gpu=gpu.name, way=way, gain=gain) for text in texts]
     lines += _experts(plan)

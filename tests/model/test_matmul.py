@@ -1,5 +1,7 @@
 """Frozen matmuls in 8 bit: near the exact product both ways, and never silently finite."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -89,6 +91,27 @@ def test_rows_of_nothing_stay_nothing_and_what_is_not_finite_is_not_hidden(way):
         assert not found[0].any() and not found[1:3].isfinite().any() and found[3:].isfinite().all()
 
 
+def test_sums_in_fp16_are_near_those_of_float64_and_what_is_beyond_them_is_not_finite():
+    """Rows far from one another in size, a total that is added to, a sum beyond 65,504."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 500).bfloat16() * 10.0 ** torch.arange(-20, 20)[:, None]
+    x, weight = x.bfloat16().to(tiny.DEVICE), torch.randn(500, 30, device=tiny.DEVICE).half() / 50
+    x[3], exact = 0, x.double() @ weight.double()
+    exact[3] = 0
+    found = matmul.plus_product(None, x, weight)
+    norms = exact.norm(dim=1).clamp_min(1e-30)
+    assert found.dtype == torch.bfloat16 and not found[3].any()
+    assert (((found.double() - exact).norm(dim=1) / norms) < 0.005).all()
+    total = found.clone()
+    assert matmul.plus_product(total, x, weight) is total
+    torch.testing.assert_close(total, found * 2)
+    x[1, 7], x[2, 9], weight[:, 0] = float("inf"), float("nan"), 60000
+    x[4] = 1
+    found = matmul.plus_product(None, x, weight)
+    assert not found[1:3].isfinite().any() and found[5:, 1:].isfinite().all()
+    assert not found[4, 0].isfinite()
+
+
 @WAYS
 def test_the_kernels_compute_what_plain_pytorch_does(way):
     """Codes to the bit; Triton's interpreter rounds to e4m3 wrongly, so there in float32."""
@@ -152,10 +175,10 @@ def _compare(world, path):
     rows = make_samples(2 * world.size)[world.rank :: world.size]
     found = {}
     rows_of_cases = (
-        (1, "full", "qlora", "fp8 int8"),
-        (1, "none", "qlora", "fp8 int8"),
+        (1, "full", "qlora", "fp8 int8 fp16"),
+        (1, "none", "qlora", "fp8 int8 fp16"),
         (10**6, "full", "qlora", "fp8"),
-        (1, "full", "hqq_lora", "int8"),
+        (1, "full", "hqq_lora", "int8 fp16"),
     )
     cases = [(*row[:3], way) for row in rows_of_cases for way in ("auto", *row[3].split())]
     for num, level, train_type, way in cases:
@@ -190,17 +213,17 @@ def test_a_model_trains_in_8_bit_and_is_evaluated_in_16(tmp_path):
         plain, loss, held_out, own, cosine = case
         assert held_out == plain
         assert own == loss if num > 1 else 0 < abs(own - loss) < 0.01 * loss
-        assert 0.99 < cosine < 0.9999 if num == 1 else cosine == pytest.approx(1, abs=1e-4)
+        assert 0.99 < cosine < 0.99999 if num == 1 else cosine == pytest.approx(1, abs=1e-4)
 
 
 def test_where_it_cannot_serve_it_is_refused(monkeypatch):
     for flags in (["--train_type=lora"], ["--precision=fp32"], ["--quant_type=int8"]):
-        for way in ("fp8", "int8"):
+        for way in ("fp8", "int8", "fp16"):
             with pytest.raises(UserError, match=f"--matmul {way}: needs a base in nf4, fp4 or HQQ"):
                 config.parse(["--model_name=llama-2-7b", f"--matmul={way}", *flags])
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
-    for way, majors in (("int8", (8, 9, 12)), ("fp8", (9, 10)), ("auto", range(7, 13))):
+    for way, majors in (*skeleton.MAJORS.items(), ("auto", range(7, 13))):
         cfg = config.parse(["--model_name=llama-2-7b", f"--matmul={way}", "--liger=off"])
         for major in range(7, 13):
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, at=major: (at, 0))
@@ -212,7 +235,10 @@ def test_where_it_cannot_serve_it_is_refused(monkeypatch):
 
 
 def test_auto_is_the_fastest_that_was_measured_where_it_can_serve():
-    """int8 is predicted on most GPUs; a run that was recorded as auto was one in bf16."""
+    """int8 is predicted on most GPUs; a run that was recorded as auto was one in bf16.
+
+    Of several machines the least counts.
+    """
     info = arch.read("llama-2-7b", need_weights=False)
     cases = {("H200", "qlora"): "fp8", ("2xH100", "hqq_lora"): "fp8", ("H200", "lora"): "bf16"}
     cases |= {("H200+A100-80", "qlora"): "bf16", ("2x4090", "qlora"): "bf16"}
@@ -223,6 +249,14 @@ def test_auto_is_the_fastest_that_was_measured_where_it_can_serve():
         plan = run.make(info, cfg, frozenset({"matmul"}), machine)
         assert plan.cfg.matmul == way and plan.note.endswith(f"; matmul {way}"), gpus
         assert ("precision fp16_autocast" in plan.note) == (gpus == "T4")
+    seen = {"int8_gain": 2.2, "fp16_gain": 3.0, "measured_gains": "int8_gain fp16_gain"}
+    known = hardware.Machine((dataclasses.replace(hardware.GPUS["3090"], **seen),) * 2, 64)
+    slow = hardware.Machine((dataclasses.replace(known.gpus[0], int8_gain=0.9),), 64)
+    new = hardware.Machine((hardware.GPUS["3090"],), 64)
+    cfg = config.parse(["--matmul=auto", "--output_dir=o"])
+    for machines, way in (([known], "int8"), ([known, slow], "bf16"), ([known, new], "bf16")):
+        plan = run.make(info, cfg, frozenset({"matmul"}), hardware.least_of(machines))
+        assert plan.cfg.matmul == way
     assert config.from_record({"matmul": "auto"})[0].matmul == "bf16"
 
 
@@ -235,6 +269,8 @@ def test_the_plan_knows_their_speed_as_it_was_measured():
         ("llama-2-7b", 4, 2048, "3090", "bf16 fp8", 1, 1),
         ("llama-2-7b", 4, 2048, "3090", "bf16 int8", 1.6, 2.5),
         ("llama-2-7b", 4, 2048, "H200", "bf16 int8", 0.9, 1.1),
+        ("llama-2-7b", 4, 2048, "3090", "bf16 fp16", 1.3, 1.7),
+        ("llama-2-7b", 4, 2048, "H200", "bf16 fp16", 1, 1),
         ("llama-2-7b", 4, 2048, "2080Ti", "auto int8", 1, 1),
     ):
         flags = f"--model_name={name} --batch_size={rows} --context_length={length} --fit=off"
