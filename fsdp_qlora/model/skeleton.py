@@ -138,6 +138,13 @@ def apply_liger(hf_model: "PreTrainedModel") -> None:
     # A mixture whose first layers are dense; a type that its release has only half of.
     with contextlib.suppress(AttributeError, ImportError):
         _apply_liger_kernel_to_instance(model=hf_model, **own)
+    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction as GateAndUp
+
+    for module in hf_model.modules():  # experts, whose gate and up are one
+        gate = getattr(type(module), "_apply_gate", None)
+        is_usual = getattr(gate, "__module__", "") == "transformers.integrations.moe"
+        if is_usual and type(module.act_fn) is type(ACT2FN["silu"]):
+            vars(module)["_apply_gate"] = lambda both: GateAndUp.apply(both, True)
     for file, (name, kind) in own_kinds:  # the next model would be built of those in their place
         if isinstance(kind, type):
             setattr(file, name, kind)

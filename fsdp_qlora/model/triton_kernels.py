@@ -187,6 +187,37 @@ def _add_low_rank(acc, low, high, row, col, is_row, n, turned, rank, rank_tile, 
     return tl.dot(left, right, acc, input_precision="ieee")
 
 
+@triton.jit
+def _grouped_tiles(starts, experts, rows, num, tile_rows: tl.constexpr, width: tl.constexpr):
+    tile, expert = tl.program_id(0), tl.arange(0, width)
+    first = tl.load(starts + expert, mask=expert < num, other=0)
+    last = tl.load(starts + expert + 1, mask=expert < num, other=0)
+    counts = (last - first + tile_rows - 1) // tile_rows
+    ends = tl.cumsum(counts)
+    own = tl.sum(((ends <= tile) & (expert < num)).to(tl.int32))
+    row = first + (tile - (ends - counts)) * tile_rows
+    tl.store(experts + tile, own)
+    tl.store(rows + tile, tl.sum(tl.where(expert == own, row, 0)))
+
+
+def grouped_tiles(starts: Tensor, num_tiles: int, tile_rows: int) -> tuple[Tensor, Tensor]:
+    """Cut the rows of each expert into tiles.
+
+    Args:
+        starts: int64 [experts + 1], first row of each expert.
+        num_tiles: at least as many as there are.
+        tile_rows: of a tile.
+
+    Returns:
+        int64 [num_tiles]: expert of each tile (the number of experts: there is none) and first row.
+    """
+    num = len(starts) - 1
+    experts, rows = starts.new_empty(2, num_tiles)
+    meta = {"tile_rows": tile_rows, "width": _power_of_2(num), "num_warps": NUM_WARPS}
+    _grouped_tiles[(num_tiles,)](starts, experts, rows, num, **meta)
+    return experts, rows
+
+
 @triton.jit(do_not_specialize=["first", "last"])
 def _grouped_matmul(
     x,

@@ -84,7 +84,7 @@ def start(world, path, *flags):
     model, report = built.model, load.fill(built, source, cfg, world).loaded
     blocks = list(shard.blocks(model))
     local_bytes = [
-        block.quantized.to_local().untyped_storage().nbytes()
+        getattr(block.quantized, "_local_tensor", block.quantized).untyped_storage().nbytes()
         for block in blocks
         if block.quantized is not None
     ]
