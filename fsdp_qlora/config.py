@@ -88,7 +88,8 @@ TRAIN_TYPES = {name: TrainType(*row) for name, row in _TABLE["train_types"].item
 STRATEGIES = {name: Strategy(**row) for name, row in _TABLE["strategies"].items()}
 OPTIMIZERS = {name: Optimizer(**row) for name, row in _TABLE["optimizers"].items()}
 PRECISIONS: dict[str, str] = _TABLE["precisions"]
-MATMULS = ("bf16", "fp16", "fp8", "int8", "auto")
+IN_8_BIT = ("fp8", "int8")  # neither worse than seeds differ: recipes/measured.md
+MATMULS = ("bf16", "fp16", *IN_8_BIT, "auto")
 TRACKERS = tuple(_TABLE["trackers"])
 OBJECTIVES = {name: Objective(**row) for name, row in _TABLE["objectives"].items()}
 # Option -> the objectives that read it.

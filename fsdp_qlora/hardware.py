@@ -72,7 +72,8 @@ class Device:
         Args:
             matmul: `--matmul`.
         """
-        return getattr(self, f"{matmul}_gain", 1.0) * (self.has_bf16 or matmul == "bf16")
+        gain = getattr(self, f"{matmul}_gain", None)
+        return 1.0 if gain is None else gain * self.has_bf16
 
     def is_predicted(self, matmul: str) -> bool:
         """Whether nobody has measured that gain: those of fp8 were, on a GPU as this one."""

@@ -124,7 +124,7 @@ def dtype_of(linear: Any, x_MI: torch.Tensor) -> torch.dtype:
         linear: that reads x.
         x_MI: its input.
     """
-    in_fp16 = getattr(linear, "sums_in_fp16", False) and _is_large(x_MI) and linear.training
+    in_fp16 = linear.sums_in_fp16 and _is_large(x_MI) and linear.training
     return torch.float16 if in_fp16 else x_MI.dtype
 
 
@@ -232,11 +232,11 @@ def quantize_rows(
         code.dtype [M, I], float32 [M, B].
     """
     if code.block and len(parts) > 1:
-        parts = [torch.cat(list(parts), 1)]
+        parts = [torch.cat(tuple(parts), 1)]
     if parts[0].is_cuda:
         parts = [x if x.stride(1) == 1 else x.contiguous() for x in parts]
         return _kernels().quantize_rows(parts, factors_I, *code[:3])
-    x_MI = torch.cat(list(parts), 1)
+    x_MI = torch.cat(tuple(parts), 1)
     num_rows, num = x_MI.shape
     values = x_MI.float() if factors_I is None else x_MI.float() * factors_I
     block = code.block or num

@@ -58,14 +58,13 @@ def apply(model: QuantizedModel, strategy: str, placed: Placed, world: World) ->
         block.quantized = None  # type: ignore[assignment]
         block.layer_store.read = partial(placed.streamer.read, number)
     frozen = {param for param in model.parameters() if not param.requires_grad}
-    grouped = [(block, name) for block, name in layers if name in GROUPS[shares == 1 :]]
-    ignored = {block.quantized for block, _ in layers} - {block.quantized for block, _ in grouped}
+    # What nobody else has FSDP would copy at each use.
+    in_groups = ("offloaded",) if shares == 1 else GROUPS
+    ignored = {block.quantized for block, name in layers if name not in in_groups}
     ends = [] if row.replicates or model.is_tied else [model.embedding, model.head]
     if row.replicates:
         ignored = frozen
-    elif (
-        shares == 1
-    ):  # nobody else has them, nor what is "sharded": FSDP would copy all at each use
+    elif shares == 1:
         ignored |= frozen & {*model.embedding.parameters(), *model.head.parameters()}
         ends = [module for module in ends if not {*module.parameters()} <= ignored]
     common: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": row.reshards}
@@ -81,9 +80,10 @@ def apply(model: QuantizedModel, strategy: str, placed: Placed, world: World) ->
         bodies = [body for body in bodies if body.is_whole]
     for body in bodies:
         fsdp.fully_shard(body, mp_policy=mixed, **common)
-    for block, name in grouped:
-        policy = pinned if name == "offloaded" else fsdp.OffloadPolicy()
-        fsdp.fully_shard(block, offload_policy=policy, **common)
+    for block, name in layers:
+        if name in in_groups:
+            policy = pinned if name == "offloaded" else fsdp.OffloadPolicy()
+            fsdp.fully_shard(block, offload_policy=policy, **common)
     for module in ends:
         fsdp.fully_shard(module, mp_policy=mixed, **common)
     # A tied embedding is needed at both ends of forward and backward: gather it once.

@@ -13,20 +13,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fsdp_qlora.arch import ModelInfo
-from fsdp_qlora.config import DISK, TrainConfig
+from fsdp_qlora.config import DISK, IN_8_BIT, TrainConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import memory, sizes
 from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
-from fsdp_qlora.planning.sizes import (
-    IN_8_BIT,
-    MIN_TOKENS_8_BIT,
-    STREAMED,
-    Setting,
-    Sizes,
-    place,
-    setting_for,
-)
+from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, STREAMED, Setting, Sizes, place, setting_for
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
 STEPS = 8  # selective and unchecked layers are tried in eighths of the layers, resident ones

@@ -152,7 +152,7 @@ def _buffers(s: Sizes, setting: Setting) -> list[Term]:
     """Gathered FSDP groups around the layer at work."""
     is_several, is_shared = setting.num_ranks > 1, setting.shares > 1
     most = s.layers if setting.keeps_gathered and is_several else min(setting.num_ranks, 2)
-    held = min(setting.count(*("sharded", "offloaded")[not is_shared :]), most)
+    held = min(setting.count("offloaded", *["sharded"] * is_shared), most)
     layer, item = {"bytes": s.fullest.layer_bytes}, {"bytes": s.item}
     nbytes = 2 * s.item + s.item + 4 + 4 * is_shared
     what = "gathered: this layer and the next" if held == 2 else "gathered layers"

@@ -203,7 +203,7 @@ def settle(
             why = f"; precision {precision}, as {who} {lacking[0]} has no bfloat16"
     if cfg.matmul == "auto":
         gains = {"bf16": 1.0}
-        for way in sizes.IN_8_BIT if machine.gpus else ():
+        for way in config.IN_8_BIT if machine.gpus else ():
             known = [gpu.gain(way) * (not gpu.is_predicted(way)) for gpu in machine.gpus]
             gains[way] = min(known)
         cfg = dataclasses.replace(cfg, matmul="bf16")

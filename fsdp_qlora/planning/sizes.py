@@ -25,7 +25,6 @@ from fsdp_qlora.config import DISK, HQQ_FORMATS, STRATEGIES, TRAIN_TYPES, TrainC
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Machine
 
-IN_8_BIT = ("fp8", "int8")  # of --matmul, none worse than seeds differ: recipes/measured.md
 MIN_TOKENS_8_BIT = 1024  # of a micro-batch; with fewer, matmuls in 8 bit gain nothing
 WHOLE_LAYER_BYTES = 512 * 2**20  # a layer not larger is dequantized at once, for all its matmuls
 VISIT_LAYER_BYTES = 2**31  # the same, where groups of rows pass the layer together
