@@ -438,7 +438,7 @@ def _num_in_memory(
     own = dataclasses.replace(setting.tiered(0), machines=world.size // world.local_size)
     table = plans.host(planned.Sizes(info, cfg, world.device.type), own)
     ranks_gib = table.peak_gib - sum(table.gib("load", row) for row in (rows.SYSTEM, rows.FILES))
-    by_rank = world.gather([host_limit_gib(), host_used_gib(), pss_gib()])
+    by_rank = world.gather_objects((host_limit_gib(), host_used_gib(), pss_gib()))
     limit_gib, used_gib, _ = by_rank[world.peers[0]]
     taken_gib = sum(by_rank[peer][2] for peer in world.peers)
     limit_gib -= used_gib - taken_gib  # by other programs
@@ -450,7 +450,7 @@ def _num_in_memory(
     if is_file or (left_gib + table.gib("load", rows.HOSTED)) * GIB < nbytes:
         left_gib -= fit.MARGIN * limit_gib
         num = max(0, min(num, int(left_gib * GIB * num / nbytes)))
-    return int(min(least for (least,) in world.gather([num])))
+    return min(world.gather_objects(num))
 
 
 def _note(names: Sequence[str], why: str) -> str:

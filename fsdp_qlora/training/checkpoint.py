@@ -124,8 +124,7 @@ def _states(trained: optim.Trained) -> Iterator[tuple[str, Tensor, Tensor | None
 
 def _of_all_ranks(value: Tensor, world: World) -> Tensor:
     """[ranks, longest]: what belongs to blocks of a slice, and so to the number of ranks."""
-    lengths = world.gather([float(value.numel())])
-    padded = value.new_zeros(int(max(length for (length,) in lengths)))
+    padded = value.new_zeros(max(world.gather_objects(value.numel())))
     padded[: value.numel()] = value.reshape(-1)
     return world.share(padded)
 
@@ -366,8 +365,7 @@ class Checkpointer:
         self._saved_s, self._has_new_best = time.monotonic(), False
         self._thread, self._writing_step = futures.ThreadPoolExecutor(1, "checkpoint"), 0
         self._writing: futures.Future | None = None
-        best_step, loss = trained.world.gather(self._read_best())[0]
-        self.best = (int(best_step), loss) if best_step else None  # as rank 0 has read it
+        self.best = trained.world.gather_objects(self._read_best())[0]  # as rank 0 has read it
         params = shard.trained_parameters(trained.model)
         nbytes = sum(p.numel() * (p.element_size() + memory.moment_bytes(cfg)) for p in params)
         nbytes *= self._is_on and self._is_writer
@@ -375,8 +373,8 @@ class Checkpointer:
         if nbytes <= sizes.MOST_TOUCHED_BYTES:
             self._start(self._buffer.memory.zero_)  # makes the system give it
 
-    def _read_best(self) -> list[float]:
-        """Step and loss of the best checkpoint as this rank reads them; step 0: there is none."""
+    def _read_best(self) -> tuple[int, float] | None:
+        """Step and loss of the best checkpoint as this rank reads them; None: there is none."""
         best = None
         try:
             best = checkpoint_store.best_of(self._output_dir)
@@ -384,7 +382,7 @@ class Checkpointer:
                 best = None  # the run has gone back behind it
         except UserError as error:
             self._recorder.say(f"warning   {error}")
-        return [float(best["step"]), float(best["loss"])] if best else [0.0, math.inf]
+        return (best["step"], float(best["loss"])) if best else None
 
     def mark_best(self, best: tuple[float, int] | None) -> None:
         """Keep the checkpoint of the best evaluation; every rank must call.
