@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from fsdp_qlora import atomic, cli
 from fsdp_qlora.cli import Alias, Given, flag
-from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact, refuse
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, read_table, redact, refuse
 
 USAGE = "usage: python train.py --model_name NAME [--recipe NAME|FILE] [--option value ...]"
 PROJECT_DIR = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ class Objective(NamedTuple):
     nll_on_prompt: bool = False
 
 
-_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_TABLE = read_table(__file__)
 MAIN, EXAMPLES, HELP = _TABLE["main"], _TABLE["examples"], _TABLE["help"]
 OF_PLACE = _TABLE["place"]
 TRAIN_TYPES = {name: TrainType(*row) for name, row in _TABLE["train_types"].items()}
@@ -124,7 +124,7 @@ def _alias(option: str = "", values: Any = (), form: str = "{}", **rest: Any) ->
     return Alias(option, write, **rest)
 
 
-_NAMES = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
+_NAMES = read_table(__file__, "names.toml")
 _UNKNOWN: dict[str, Any] = {"reason": "no such option", "is_refused": True}
 # Names that are no options (any more): read from command lines, recipes and records of old runs.
 ALIASES = {name: _alias(option) for name, option in _NAMES["same"].items()}

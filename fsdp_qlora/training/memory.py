@@ -15,7 +15,6 @@ import importlib
 import mmap
 import threading
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +39,7 @@ from fsdp_qlora.training import optim
 FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS)  # what a shorter batch needs as well
 STEP_PHASES = ("forward", "backward", "optimizer")
 Phases = dict[str, GibByRow]
-TABLE = tomllib.loads(Path(__file__).with_name("metrics.toml").read_text(encoding="utf-8"))
+TABLE = errors.read_table(__file__, "metrics.toml")
 PROCESS_FIELDS: tuple[str, ...] = tuple(TABLE["of_process"])
 PSS_SHARE = 0.005  # most of the time that measuring PSS may take, as a share of one core
 PROC = Path("/proc/self")

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from fsdp_qlora.data import Data
 
 STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is read of it here
-TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TABLE = errors.read_table(__file__)
 TOKENIZER_FILES, MAX_CHARS = ("tokenizer.json", "tokenizer.model"), 40
 MAY_CHANGE = (*TABLE["data"], *TABLE["rows"])
 Say = Callable[[str], Any]
