@@ -24,7 +24,8 @@ from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, Stopped, UserError
-from fsdp_qlora.model import shard, weights
+from fsdp_qlora.model import shard
+from fsdp_qlora.model.weights import DTYPE_NAMES
 from fsdp_qlora.planning import memory, sizes
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.training import optim, preflight
@@ -32,8 +33,6 @@ from fsdp_qlora.training.metrics import Recorder, Resumed
 
 HEARTBEAT_S = 2.0
 Tensors = dict[str, dict[str, Array]]  # by file and name
-DTYPES = {dtype: name for name, dtype in weights.DTYPES.items()}
-DTYPES |= {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 BY_RANK = "@ranks"  # ends the name of what the ranks keep for blocks of their slices
 
 
@@ -57,14 +56,14 @@ class HostBuffer:
         """Copy a tensor.
 
         Args:
-            tensor: of a dtype in DTYPES, on any device.
+            tensor: of a dtype in DTYPE_NAMES, on any device.
         """
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         start, self.end = self.end, self.end + flat.numel()
         fits = self.end <= self.memory.numel()
         copy = self.memory[start : self.end] if fits else torch.empty_like(flat, device="cpu")
         copy.copy_(flat)
-        return Array(DTYPES[tensor.dtype], tuple(tensor.shape), copy.numpy().data)
+        return Array(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), copy.numpy().data)
 
 
 def snapshot(trained: optim.Trained, buffer: HostBuffer) -> tuple[Tensors, dict[str, Any]]:
