@@ -278,7 +278,23 @@ class Recorder:
         """Write the last step and the summary, also when the run failed; say where memory went."""
         if error is not None and not hasattr(error, "__notes__"):
             self.tracker.annotate_oom(error, self._where())
-        self.close(is_complete=kind is None)
+        self._sampler.__exit__(None, None, None)
+        if self._file is None:
+            return
+        is_complete = kind is None
+        # After a CUDA error the last loss cannot be read: what was written before must stand.
+        with contextlib.suppress(*() if is_complete else (RuntimeError,)):
+            self.flush()
+        raise_to(self._totals.host_peaks, {"host_peak_used_gib": self._sampler.peak_used_gib})
+        summary: dict[str, Any] = {"is_complete": is_complete, "total_s": self.total_s()}
+        summary |= {**self._totals.summary(), "num_ranks": self._world.size}
+        summary["versions"] = hardware.versions(self._world.device)
+        summary |= {"ledger": self._ledger.to_dict(), **self._run_info}
+        atomic.write_json(self._output_dir / "summary.json", _plain(summary))
+        self._over.set()
+        self._waiting.join()
+        self._bar.close()
+        self._file.close()
 
     def step(self, record: dict[str, Any], wishes: Sequence[float] = ()) -> list[float]:
         """Record one optimizer step: write the line of the step before, keep this one for later.
@@ -350,8 +366,7 @@ class Recorder:
             phase: "load" or "save".
         """
         share = self.tracker.share._replace(used_gib=self.tracker.used_gib[phase])
-        every = self._world.gather_objects((self.tracker.phases, share))
-        self._ledger.update(every, (phase,))
+        self._ledger.update(self._world.gather_objects((self.tracker.phases, share)), (phase,))
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Write a line that is not a step: {"event": name, **values}.
@@ -378,30 +393,6 @@ class Recorder:
         if self._world.rank == 0:
             self.flush()
             tqdm.write(text)
-
-    def close(self, is_complete: bool = True) -> None:
-        """Write the pending step and summary.json, end the bar and the thread; twice is harmless.
-
-        Args:
-            is_complete: False when the run ended by an error or a signal.
-        """
-        self._sampler.__exit__(None, None, None)
-        if self._file is None:
-            return
-        # After a CUDA error the last loss cannot be read: what was written before must stand.
-        with contextlib.suppress(*() if is_complete else (RuntimeError,)):
-            self.flush()
-        raise_to(self._totals.host_peaks, {"host_peak_used_gib": self._sampler.peak_used_gib})
-        summary: dict[str, Any] = {"is_complete": is_complete, "total_s": self.total_s()}
-        summary |= {**self._totals.summary(), "num_ranks": self._world.size}
-        summary["versions"] = hardware.versions(self._world.device)
-        summary |= {"ledger": self._ledger.to_dict(), **self._run_info}
-        atomic.write_json(self._output_dir / "summary.json", _plain(summary))
-        self._over.set()
-        self._waiting.join()
-        self._bar.close()
-        self._file.close()
-        self._file = None
 
     def flush(self) -> None:
         """Write the last step, on the rank that writes; waits for its loss."""
