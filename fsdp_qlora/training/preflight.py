@@ -202,25 +202,20 @@ def fingerprint(
         Plain values by name, as JSON has them.
     """
     per_step = cfg.batch_size * cfg.gradient_accumulation_steps * num_ranks
+    layers = [[row.linear.name for row in layer] for layer in targets.find_targets(info, cfg)]
+    are_alike = all(layer == layers[0] for layer in layers)
+    numbered = [f"{index}.{name}" for index, layer in enumerate(layers) for name in layer]
     values: dict[str, Any] = {
         "base": base or _digest(repr(sorted(info.config.items()))),
         **({"base_samples": info.digest()} if base else {}),
         "format": cfg.format_name,
         "adapter": TRAIN_TYPES[cfg.train_type].adapter,
-        "targets": _targets(info, cfg),
+        "targets": sorted(layers[0]) if are_alike else numbered,
         "compute_dtype": cfg.compute_dtype,
         "global_batch": per_step // cfg.context_parallel,
         "tokenizer": _tokenizer(info.path),
     }
     return values | {name: getattr(cfg, name) for name in (*TABLE["model"], *TABLE["data"])}
-
-
-def _targets(info: ModelInfo, cfg: TrainConfig) -> list[str]:
-    """Linears with adapters: their names in a layer where all layers are alike, else all names."""
-    layers = [[row.linear.name for row in layer] for layer in targets.find_targets(info, cfg)]
-    if all(layer == layers[0] for layer in layers):
-        return sorted(layers[0])
-    return [f"{index}.{name}" for index, layer in enumerate(layers) for name in layer]
 
 
 def data_fingerprint(data: "Data") -> dict[str, Any]:
