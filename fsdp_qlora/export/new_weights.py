@@ -119,9 +119,7 @@ class TrainedBase:
             elif self.format_name is None:
                 yield next(read)
             elif name in linears:
-                weight = next(read)
-                fields = quantize.FORMATS[self.format_name].quantize(weight)
-                yield self._dequantized(fields, weight.shape)
+                yield self._rounded(next(read))
             else:
                 yield next(read).to(self.dtype)
 
@@ -167,12 +165,15 @@ class TrainedBase:
             (stored,) = self.cached.read_layers([layer])
             if stored is None:
                 print(f"warning   {name} in {self.cached.directory} is damaged: quantized anew")
-                weight = next(Weights(self.info).read_ahead([name], self.device))
-                fields = quantize.FORMATS[str(self.format_name)].quantize(weight)
-                return self._dequantized(fields, weight.shape)
+                return self._rounded(next(Weights(self.info).read_ahead([name], self.device)))
             flat = stored.to(self.device)
             self._held[layer] = quantize.LayerStore(lambda: flat, self._layouts[layer])
         return self._held[layer].weight(index, self.dtype)
+
+    def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight quantized, and dequantized again."""
+        fields = quantize.FORMATS[str(self.format_name)].quantize(weight)
+        return self._dequantized(fields, weight.shape)
 
     def _dequantized(self, fields: quantize.Fields, shape: Sequence[int]) -> torch.Tensor:
         layout = quantize.build_layout([(shape[0], shape[1])], str(self.format_name))
