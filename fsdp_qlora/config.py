@@ -261,8 +261,7 @@ class TrainConfig:
         """Check every value, and the values together."""
         rows = [(name, getattr(self, name), row) for name, row in cli.options(TrainConfig).items()]
         found = [cli.find_fault(value, row, f"{name} = {value!r}") for name, value, row in rows]
-        faults = [fault for fault in found if fault is not None] or find_conflicts(self)
-        refuse(faults)
+        refuse([fault for fault in found if fault is not None] or find_conflicts(self))
         if self.sharding_strategy == "ddp" and self.offload_impl not in ("stream", "file"):
             object.__setattr__(self, "use_cpu_offload", False)
         if self.revision is not None:  # from here on one name tells both

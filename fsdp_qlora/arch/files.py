@@ -628,8 +628,7 @@ def piece(ref: TensorRef, index: int) -> TensorRef:
         index: of the expert.
     """
     nbytes = ref.nbytes // ref.shape[0]
-    start = ref.start + index * nbytes
-    return ref._replace(shape=ref.shape[1:], start=start, nbytes=nbytes)
+    return ref._replace(shape=ref.shape[1:], start=ref.start + index * nbytes, nbytes=nbytes)
 
 
 def _split_blocks(tensors: Refs, stored: Stored) -> Folded:

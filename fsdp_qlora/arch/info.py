@@ -508,8 +508,7 @@ class ModelInfo:
     def num_positions(self) -> int | None:
         """Rows of its table of positions, which no row may exceed; None: it computes them."""
         size = self.config.get("n_positions", self.config.get("max_position_embeddings"))
-        is_known = self.model_type in POSITION_TABLES and isinstance(size, int)
-        return size if is_known else None
+        return size if self.model_type in POSITION_TABLES and isinstance(size, int) else None
 
     def recurrent_note(self) -> str:
         """Name the package with kernels for recurrent layers, where it is missing; or ""."""

@@ -109,8 +109,7 @@ class World:
         Raises:
             UserError: as it was raised there; on every rank.
         """
-        found: Any = self.each(lambda: work() if self.rank == 0 else None)
-        return self.gather_objects(found)[0]
+        return self.gather_objects(self.each(lambda: work() if self.rank == 0 else None))[0]
 
     def each(self, work: Callable[[], T]) -> T:
         """Do work on every rank, and go on only if all could do it.

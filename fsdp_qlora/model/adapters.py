@@ -197,8 +197,7 @@ def shift_magnitudes(model: nn.Module, flats: list[Tensor], sign: int) -> None:
     """
     bodies = [block.body for block in shard.blocks(model) if block.body.slots]
     for body, flat in zip(bodies, flats, strict=True):
-        squares = body.split_squares()
-        for parts, square_O in zip(body.split_lora(flat), squares, strict=False):
+        for parts, square_O in zip(body.split_lora(flat), body.split_squares(), strict=False):
             parts[2].add_(square_O.cpu().sqrt(), alpha=sign)
 
 
