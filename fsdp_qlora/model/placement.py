@@ -23,7 +23,7 @@ import torch
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line_of
 from fsdp_qlora.hardware import GIB, host_limit_gib, host_used_gib, pss_gib
 from fsdp_qlora.model import disk
 from fsdp_qlora.planning import fit, rows
@@ -144,22 +144,20 @@ class Spill:
         Raises:
             UserError: the disk has no room (code 3).
         """
-        place, refusal, first = "", "", world.peers[0]
         starts = [0, *itertools.accumulate(map(disk.slot_bytes, sizes))]
-        if world.rank == first:
-            try:
+        got = f"{starts[-1] / GIB:.1f} GiB of quantized layers in {folder}"
+        remedy = "give --output_dir or --quant_cache on a disk with room"
+
+        def make() -> str:
+            with one_line_of(got, remedy, ENVIRONMENT, "must lie there, to be streamed ({})"):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file = file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
                 os.posix_fallocate(file.fileno(), 0, starts[-1])
-                place = f"/proc/{os.getpid()}/fd/{file.fileno()}"
-            except OSError as error:
-                refusal = error.strerror or str(error)
-        found = world.gather_objects((place, refusal))
-        if refusal := next((text for _, text in found if text), ""):
-            got = f"{starts[-1] / GIB:.1f} GiB of quantized layers in {folder}: {refusal}"
-            remedy = "give --output_dir or --quant_cache on a disk with room"
-            raise UserError(got, "what is streamed from disk must lie there", remedy, ENVIRONMENT)
-        path = Path(found[first][0])
+            return f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+        first = world.peers[0]
+        place = world.each(lambda: make() if world.rank == first else "")
+        path = Path(world.gather_objects(place)[first])
         self.spans = [(path, start, size) for start, size in zip(starts, sizes, strict=False)]
 
     def write(self, number: int, quantized: torch.Tensor) -> None:
