@@ -83,7 +83,6 @@ class Objective(NamedTuple):
 
 _TABLE = read_table(__file__)
 MAIN, EXAMPLES, HELP = _TABLE["main"], _TABLE["examples"], _TABLE["help"]
-OF_PLACE = _TABLE["place"]
 TRAIN_TYPES = {name: TrainType(*row) for name, row in _TABLE["train_types"].items()}
 STRATEGIES = {name: Strategy(**row) for name, row in _TABLE["strategies"].items()}
 OPTIMIZERS = {name: Optimizer(**row) for name, row in _TABLE["optimizers"].items()}
@@ -91,8 +90,6 @@ PRECISIONS: dict[str, str] = _TABLE["precisions"]
 MATMULS = ("bf16", "fp8", "int8", "auto")
 TRACKERS = tuple(_TABLE["trackers"])
 OBJECTIVES = {name: Objective(**row) for name, row in _TABLE["objectives"].items()}
-# Option -> the objectives that read it.
-OF_OBJECTIVES: dict[str, list[str]] = _TABLE["of_objectives"]
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 HQQ_BITS, GROUP_SIZES, HQQ_AXES = (2, 3, 4, 8), (32, 64, 128), (0, 1)
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
@@ -429,7 +426,7 @@ def place(argv: Sequence[str]) -> TrainConfig:
     values, faults = _Reader(TrainConfig, ALIASES, RECIPES_DIR).read(argv)
     try:
         refuse(faults)
-        return TrainConfig(**{name: values[name] for name in OF_PLACE if name in values})
+        return TrainConfig(**{name: values[name] for name in _TABLE["place"] if name in values})
     except UserError:
         parse(argv)  # tells all faults at once
         raise
@@ -604,7 +601,7 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
         One error per conflict, with the remedy.
     """
     faults = [UserError(**row) for row in _due(cfg, _TABLE["conflicts"])]
-    for name, objectives in OF_OBJECTIVES.items():
+    for name, objectives in _TABLE["of_objectives"].items():
         value = getattr(cfg, name)
         if cfg.objective not in objectives and value != getattr(TrainConfig, name):
             got = f"--{name} {cli.to_text(value)} with --objective {cfg.objective}"

@@ -24,7 +24,6 @@ UNKNOWN = "–"
 # How far measured memory may be from the plan, as a share of it, from LARGE_GIB on.
 ROW_AIM, PEAK_AIM, CPU_AIM, LARGE_GIB = 0.10, 0.05, 0.15, 0.5
 LEAST_GIB = 0.0005  # smaller rows are counted in the total only
-PEAKS: list[str] = TABLE["peaks"]
 COMPARED = ["predicted", "measured", "difference"]
 
 
@@ -227,7 +226,7 @@ def peaks(run: Run, prefix: str) -> PageTable:
         run: the record.
         prefix: of the title.
     """
-    known = {name: run.peaks(name) for name in PEAKS if any(run.peaks(name))}
+    known = {name: run.peaks(name) for name in TABLE["peaks"] if any(run.peaks(name))}
     rows = [(f"rank {i}", [cell(known[name][i]) for name in known]) for i in range(run.num_ranks)]
     heads = [_plain(name) for name in known]
     return PageTable(f"{prefix}Peaks of every rank", heads, rows, "wide numbers fold")
