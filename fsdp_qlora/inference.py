@@ -267,7 +267,7 @@ def open_run(adapter: Path | None, cfg: config.TrainConfig, any_base: bool = Fal
         UserError: see arch.read and model.build.
     """
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
-    cfg = adopt_format(cfg, info.stored_format, frozenset())
+    cfg = adopt_format(cfg, info.stored.whole, frozenset())
     saved = None if adapter is None else adapter_files.read(adapter)
     if saved is not None:
         adapter_files.check_open(saved, info)

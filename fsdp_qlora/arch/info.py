@@ -381,11 +381,6 @@ class ModelInfo:
     stored: Stored = field(default_factory=Stored)
     quantized: dict[str, QuantizedRef] = field(default_factory=dict)
 
-    @property
-    def stored_format(self) -> str | None:
-        """Of all linears on disk, when they are bitsandbytes', such as "nf4_dq"."""
-        return self.stored.whole
-
     @cached_property
     def by_layer(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""

@@ -600,7 +600,7 @@ def plan_run(cfg: TrainConfig, given: frozenset[str]) -> plans.RunPlan:
 def _read(cfg: TrainConfig, given: frozenset[str]) -> tuple[arch.ModelInfo, TrainConfig]:
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     find_targets(info, cfg)
-    return info, adopt_format(cfg, info.stored_format, given)
+    return info, adopt_format(cfg, info.stored.whole, given)
 
 
 def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> plans.RunPlan:

@@ -284,7 +284,7 @@ def quantize(argv: list[str]) -> int:
     with _new_model(out, need_bytes, names, tensors, options) as (draft, _):
         model_files.copy_beside(draft, info, dtype, quantization_config=settings.to_dict())
         result, compute = arch.read(str(draft), need_weights=True), settings.bnb_4bit_compute_dtype
-        nothing, stored_as = SavedAdapter(out, "", {}), result.stored_format
+        nothing, stored_as = SavedAdapter(out, "", {}), result.stored.whole
         seen = new_weights.TrainedBase(info, nothing, compute, device)
         packed = new_weights.TrainedBase(result, nothing, compute, device, stored_as)
         lost = new_weights.check(seen, packed, options)
