@@ -27,7 +27,7 @@ from fsdp_qlora.arch.info import INDEXED
 from fsdp_qlora.arch.targets import stored_name
 from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, one_line_of, printable
 from fsdp_qlora.model import lora, visit
 from fsdp_qlora.model.attention import MASKED, PLAIN, TRIAL, KnownAttention, register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
@@ -309,12 +309,10 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device, extra="") -> 
     chosen = dataclasses.replace(chosen, note=chosen.note + _settle(config))
     if attention == "sdpa":
         attention = register(config, chosen.has_row_kernel and not extra)
-    try:
+    rule = f"model type {info.model_type} has attention classes of its own ({{}})"
+    remedy = "use --context_parallel 1" if cfg.context_parallel > 1 else "use --attn eager"
+    with one_line_of(f"--attn {chosen.attention}", remedy, rule=rule, kinds=KeyError):
         hf_model = on_meta(config, chosen.dtype, attention).requires_grad_(False)
-    except KeyError as error:
-        rule = f"model type {info.model_type} has attention classes of its own ({error})"
-        remedy = "use --context_parallel 1" if cfg.context_parallel > 1 else "use --attn eager"
-        raise UserError(f"--attn {chosen.attention}", rule, remedy) from None
     head, names = _loss_head(hf_model, info), stored_names(hf_model, info)
     inside = {at: name for name, at in names.items()}  # name in the files -> in the model
     known = (INDEXED.fullmatch(inside.get(at, "")) for at in info.linear_places())
@@ -447,13 +445,11 @@ def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    with init_empty_weights(include_buffers=False), _LargeOnMeta():
-        try:
-            own: Any = {"dtype": dtype, "attn_implementation": attention}
-            made = AutoModelForCausalLM.from_config(config, **own)
-        except ValueError as error:
-            rule = "is no causal language model in this transformers"
-            raise UserError(f"model type {config.model_type}", rule, OTHER_MODEL) from error
+    got, rule = f"model type {config.model_type}", "transformers has no such causal language model"
+    own: Any = {"dtype": dtype, "attn_implementation": attention}
+    explained = one_line_of(got, OTHER_MODEL, rule=rule, kinds=ValueError)
+    with explained, init_empty_weights(include_buffers=False), _LargeOnMeta():
+        made = AutoModelForCausalLM.from_config(config, **own)
     for router in (m for m in made.modules() if hasattr(m, "router_jitter_noise")):
         router.eval().train = lambda *_: None  # Phi-MoE's, which draws the experts in training
     return made
