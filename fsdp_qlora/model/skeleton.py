@@ -14,11 +14,12 @@ import sys
 from collections import UserDict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
@@ -38,10 +39,6 @@ from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layo
 from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, is_eager, trained_whole, whole_layer_bytes
 
 LARGE = 2**26  # elements: more than any table that a model makes for itself
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 # Where 8 bit gains, by compute capability: Ampere and Ada, Hopper, data-centre Blackwell, GeForce.
 MAJORS = {"fp8": (9, 10), "int8": (8, 9, 12)}
@@ -114,7 +111,7 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     return KernelChoice(dtype, attention, use_liger, has_rows, way, note)
 
 
-def apply_liger(hf_model: "PreTrainedModel") -> None:
+def apply_liger(hf_model: PreTrainedModel) -> None:
     """Let Liger's own API exchange the kernels of a transformers model.
 
     The loss stays ours: its head is sharded in a group of its own. Which of RMSNorm, RoPE, SwiGLU
@@ -159,7 +156,7 @@ class QuantizedModel(nn.Module):
         context: the ranks that share the tokens of its rows, see World; or None.
     """
 
-    decoder: "PreTrainedModel"
+    decoder: PreTrainedModel
     head: LossHead
     kernels: KernelChoice
 

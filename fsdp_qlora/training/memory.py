@@ -11,7 +11,6 @@ over from there. What nobody has told apart stands in a row of its own.
 
 import collections
 import contextlib
-import importlib
 import mmap
 import threading
 import time
@@ -254,7 +253,6 @@ class MemoryTracker:
         self.peaks, self.held, self.used_gib = PhasePeaks(device), GibByRow(), GibByRow()
         self.transients, self.phases = Phases(), Phases()
         self.pinned_gib = 0.0
-        importlib.import_module("transformers.modeling_utils")  # a library, not the model
         data_gib = _token_bytes(data) / GIB if data else 0.0
         files_gib = Sizes(plan.info, plan.cfg).file_bytes / GIB
         whole = {"files_gib": files_gib, "system_gib": plan.machine.system_gib or 0.0}
