@@ -149,7 +149,7 @@ class Spill:
         remedy = "give --output_dir or --quant_cache on a disk with room"
 
         def make() -> str:
-            with one_line_of(got, remedy, ENVIRONMENT, "must lie there, to be streamed ({})"):
+            with one_line_of(got, remedy, ENVIRONMENT, "{}: streamed layers must lie there"):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file = file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
                 os.posix_fallocate(file.fileno(), 0, starts[-1])
@@ -217,7 +217,6 @@ class Streamer:
             after the slots are made.
         slots: uint8 [bytes of the largest layer] each, on the device.
         sizes: bytes of each layer that is streamed.
-        num_copies: layers copied so far.
     """
 
     def __init__(self, sizes: Sequence[int], num_slots: int, device: torch.device) -> None:
@@ -234,7 +233,6 @@ class Streamer:
             torch.empty(max(sizes), dtype=torch.uint8, device=device)
             for _ in range(min(num_slots, len(sizes)))
         ]
-        self.num_copies = 0
         self.sizes = sizes
         self._held = [-1] * len(self.slots)  # which layer lies, or is being copied, in a slot
         self._at = -1  # the layer read last
@@ -286,7 +284,6 @@ class Streamer:
         self._held[slot], last = layer, self._filled[slot]
         if isinstance(last, Future):
             last.result()  # or it would overwrite this one
-        self.num_copies += 1
         # What used the slot so far has been enqueued: this layer is another, and it was read later.
         source, target = self.sources[layer], self.slots[slot][: self.sizes[layer]]
         if source is not None:
