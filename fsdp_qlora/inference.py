@@ -415,10 +415,10 @@ def answer(model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int, worl
     Returns:
         The answer alone, without special tokens.
     """
-    was_training = model.training
-    model.eval()
-    (text,) = complete(model, tokenizer, [ids], Sampling(num_tokens), world)
-    model.train(was_training)
+    from fsdp_qlora.training.losses import evaluating
+
+    with evaluating(model):
+        (text,) = complete(model, tokenizer, [ids], Sampling(num_tokens), world)
     return text.strip()
 
 
