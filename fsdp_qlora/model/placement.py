@@ -68,7 +68,8 @@ class HostBytes:
             remedy = "raise the limit (ulimit -l unlimited) or free host memory; "
             raise UserError(got, rule, remedy + "or --use_cpu_offload false", ENVIRONMENT)
         # The driver must forget the pages before another mapping gets their address.
-        weakref.finalize(mapping, cudart.cudaHostUnregister, address).atexit = False
+        release = weakref.finalize(mapping, cudart.cudaHostUnregister, address)
+        release.atexit = False
 
 
 def private(nbytes: int, pin: bool, folder: Path | None = None) -> HostBytes:

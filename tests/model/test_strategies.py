@@ -155,6 +155,15 @@ KEEPING = {
 }
 
 
+def two_steps(trained):
+    """Losses of two steps, of micro-batches of which the second is the longer one."""
+    losses = []
+    for step in range(2):
+        batches = [collate(make_samples(2 + 2 * step)), collate(make_samples(9))]
+        losses.append(loop.train_step(trained, batches)["loss"].item().hex())
+    return losses
+
+
 def kept_on_the_host(world, path):
     """Steps with and without: losses and weights bit for bit, and how many inputs went."""
     found = {}
@@ -163,13 +172,9 @@ def kept_on_the_host(world, path):
             torch.manual_seed(world.rank)
             model, _, cfg = tiny.build(path, world, *FLAGS, "--lr=0.01", *flags, *extra)
             trained = optim.prepare(model, cfg, 2, world)
-            losses = []
             put = layer.Offload._put
             with patch.object(layer.Offload, "_put", autospec=True, side_effect=put) as puts:
-                for step in range(2):  # the second micro-batch is the longer one
-                    batches = [collate(make_samples(2 + 2 * step)), collate(make_samples(9))]
-                    loss = loop.train_step(trained, batches)["loss"]
-                    losses.append(loss.item().hex())
+                losses = two_steps(trained)
             held_out = evaluate.measure(model, None, [collate(make_samples(3))], world)
             losses.append(held_out["loss"].hex())
             digest = sum(load.fingerprint(flat) for flat in shard.whole_lora(model))
