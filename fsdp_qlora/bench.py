@@ -23,7 +23,6 @@ import statistics
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -72,7 +71,7 @@ class Case(NamedTuple):
         return "x".join(map(str, [*batch, self.context_length])) + f"-{self.place}"
 
 
-TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TABLES = errors.read_table(__file__)
 COMMON = tuple(TABLES["common"])
 PLACES: dict[str, dict[str, Any]] = TABLES["places"]
 KINDS = {}  # title, shape, rows in the order in which they run

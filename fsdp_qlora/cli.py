@@ -26,12 +26,12 @@ from typing import Any, NamedTuple, TextIO, TypeVar
 from fastcore.basics import str2bool  # it reads the reference's command lines too
 
 from fsdp_qlora import atomic
-from fsdp_qlora.errors import UserError, refuse
+from fsdp_qlora.errors import UserError, read_table, refuse
 
 OptionsT = TypeVar("OptionsT")
 Words = Sequence[str]
 TOO_SMALL, TOO_LARGE, MOST_CHARS = 1e-30, 2**32, 100_000  # command lines hold no longer text
-TABLE = tomllib.loads(Path(__file__).with_name("commands.toml").read_text(encoding="utf-8"))
+TABLE = read_table(__file__, "commands.toml")
 TYPES = {"int": int, "float": float, "path": Path}
 YAML, SWITCH = (".yaml", ".yml"), {"on", "off"}
 TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}

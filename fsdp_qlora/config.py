@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from fsdp_qlora import atomic, cli
 from fsdp_qlora.cli import Alias, Given, flag
-from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, redact, refuse
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, join, read_table, redact, refuse
 
 USAGE = "usage: python train.py --model_name NAME [--recipe NAME|FILE] [--option value ...]"
 PROJECT_DIR = Path(__file__).resolve().parents[1]
@@ -81,9 +81,8 @@ class Objective(NamedTuple):
     nll_on_prompt: bool = False
 
 
-_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_TABLE = read_table(__file__)
 MAIN, EXAMPLES, HELP = _TABLE["main"], _TABLE["examples"], _TABLE["help"]
-OF_PLACE = _TABLE["place"]
 TRAIN_TYPES = {name: TrainType(*row) for name, row in _TABLE["train_types"].items()}
 STRATEGIES = {name: Strategy(**row) for name, row in _TABLE["strategies"].items()}
 OPTIMIZERS = {name: Optimizer(**row) for name, row in _TABLE["optimizers"].items()}
@@ -92,8 +91,6 @@ IN_8_BIT = ("fp8", "int8")  # neither worse than seeds differ: recipes/measured.
 MATMULS = ("bf16", "fp16", *IN_8_BIT, "auto")
 TRACKERS = tuple(_TABLE["trackers"])
 OBJECTIVES = {name: Objective(**row) for name, row in _TABLE["objectives"].items()}
-# Option -> the objectives that read it.
-OF_OBJECTIVES: dict[str, list[str]] = _TABLE["of_objectives"]
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 HQQ_BITS, GROUP_SIZES, HQQ_AXES = (2, 3, 4, 8), (32, 64, 128), (0, 1)
 ATTENTIONS = ("auto", "sdpa", "flash_attention_2", "eager")
@@ -125,7 +122,7 @@ def _alias(option: str = "", values: Any = (), form: str = "{}", **rest: Any) ->
     return Alias(option, write, **rest)
 
 
-_NAMES = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
+_NAMES = read_table(__file__, "names.toml")
 _UNKNOWN: dict[str, Any] = {"reason": "no such option", "is_refused": True}
 # Names that are no options (any more): read from command lines, recipes and records of old runs.
 ALIASES = {name: _alias(option) for name, option in _NAMES["same"].items()}
@@ -262,8 +259,7 @@ class TrainConfig:
         """Check every value, and the values together."""
         rows = [(name, getattr(self, name), row) for name, row in cli.options(TrainConfig).items()]
         found = [cli.find_fault(value, row, f"{name} = {value!r}") for name, value, row in rows]
-        faults = [fault for fault in found if fault is not None] or find_conflicts(self)
-        refuse(faults)
+        refuse([fault for fault in found if fault is not None] or find_conflicts(self))
         if self.sharding_strategy == "ddp" and self.offload_impl not in ("stream", "file"):
             object.__setattr__(self, "use_cpu_offload", False)
         if self.revision is not None:  # from here on one name tells both
@@ -431,7 +427,7 @@ def place(argv: Sequence[str]) -> TrainConfig:
     values, faults = _Reader(TrainConfig, ALIASES, RECIPES_DIR).read(argv)
     try:
         refuse(faults)
-        return TrainConfig(**{name: values[name] for name in OF_PLACE if name in values})
+        return TrainConfig(**{name: values[name] for name in _TABLE["place"] if name in values})
     except UserError:
         parse(argv)  # tells all faults at once
         raise
@@ -606,7 +602,7 @@ def find_conflicts(cfg: TrainConfig) -> list[UserError]:
         One error per conflict, with the remedy.
     """
     faults = [UserError(**row) for row in _due(cfg, _TABLE["conflicts"])]
-    for name, objectives in OF_OBJECTIVES.items():
+    for name, objectives in _TABLE["of_objectives"].items():
         value = getattr(cfg, name)
         if cfg.objective not in objectives and value != getattr(TrainConfig, name):
             got = f"--{name} {cli.to_text(value)} with --objective {cfg.objective}"

@@ -24,7 +24,20 @@ MAX_LINE_CHARS, MOST_CHARS = 300, 9999  # of a fault as it is shown, and as it i
 Faults = Sequence["UserError"]
 REDACTED = "[secret]"
 MIN_SECRET_CHARS = 8
-_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+
+
+def read_table(place: str, name: str = "") -> dict[str, Any]:
+    """Read the words and figures that a module keeps in TOML beside it.
+
+    Args:
+        place: `__file__` of the module.
+        name: of the TOML file; "": that of the module.
+    """
+    path = Path(place).with_name(name) if name else Path(place).with_suffix(".toml")
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+_TABLE = read_table(__file__)
 SECRETS = tuple(map(re.compile, _TABLE["secrets"]))
 
 

@@ -12,12 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from fsdp_qlora import arch, atomic, cli, config, hardware
+from fsdp_qlora.data import tokenizer as tokenizers
+from fsdp_qlora.data.prompts import read_prompts
+from fsdp_qlora.data.row_formats import chat_values
 from fsdp_qlora.distributed import hooks, launch
 from fsdp_qlora.distributed.launch import child_env, find_port, is_rank, plan_ranks, rank_env
 from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line_of, refuse
@@ -93,10 +96,8 @@ class Opened:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The transformers tokenizer of the base, with the chat template that the adapter has."""
-        from fsdp_qlora.data import tokenizer
-
-        made = tokenizer.load(tokenizer.directory(self.info))
-        own = self.adapter and self.adapter.path / tokenizer.CHAT_FILE
+        made = tokenizers.load(tokenizers.directory(self.info))
+        own = self.adapter and self.adapter.path / tokenizers.CHAT_FILE
         if own and own.is_file() and not isinstance(made.chat_template, dict):
             made.chat_template = own.read_text(encoding="utf-8")
         return made
@@ -104,9 +105,7 @@ class Opened:
     @functools.cached_property
     def chat(self) -> Any:
         """The chat template of the tokenizer, or a plain one."""
-        from fsdp_qlora.data import tokenizer
-
-        return tokenizer.wrap(self.tokenizer, self.cfg.model_name).chat()
+        return tokenizers.wrap(self.tokenizer, self.cfg.model_name).chat()
 
     def encode(self, question: Asked, is_raw: bool = False, row: dict | None = None) -> list[int]:
         """Make the tokens of a prompt, as the model was trained to see it.
@@ -120,8 +119,6 @@ class Opened:
         Raises:
             UserError: the chat template cannot render it, takes too long or writes too much.
         """
-        from fsdp_qlora.data.row_formats import Refused, chat_values
-
         turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
         turns = turns[:-1] if turns[-1]["role"] == "assistant" and turns[1:] else turns
         text, tokenizer = turns[-1]["content"], self.tokenizer
@@ -131,7 +128,7 @@ class Opened:
                 turns = [{"role": "system", "content": system}, *turns]
             kwargs = json.loads(self.cfg.chat_template_kwargs or "{}")
             rule = "the chat template cannot render the conversation ({})"
-            with one_line_of("generate", "use --raw", rule=rule, kinds=Refused):
+            with one_line_of("generate", "use --raw", rule=rule, kinds=tokenizers.Refused):
                 text = self.chat.prompt(turns, **kwargs | chat_values(row or {}))
         elif tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:  # it puts it there itself
             text = text.removeprefix(tokenizer.bos_token)
@@ -192,7 +189,9 @@ class Opened:
         world.leave()
 
 
-def config_of(adapter: Path | None, flags: list[str]) -> config.TrainConfig:
+def config_of(
+    adapter: Path | None, flags: list[str], near: Collection[str] = ()
+) -> config.TrainConfig:
     """The run that made an adapter, or what is known of it.
 
     Args:
@@ -200,6 +199,7 @@ def config_of(adapter: Path | None, flags: list[str]) -> config.TrainConfig:
             for a model by itself, which is computed in 16 bit, as it is stored, or, on a CPU
             without bfloat16, in 32.
         flags: of train.py; they stand above what the directory says.
+        near: options of the command whose flags these are, for hints.
 
     Returns:
         The configuration, for one rank if the flags do not say more.
@@ -207,11 +207,10 @@ def config_of(adapter: Path | None, flags: list[str]) -> config.TrainConfig:
     Raises:
         UserError: the directory holds no LoRA adapter (code 2), or wrong flags.
     """
-    known: dict[str, Any] = {"train_type": "lora"}
+    given, known = config.parse(flags, near=near), dict[str, Any](train_type="lora")
     known = adapter_files.options(adapter_files.read(adapter)) if adapter is not None else known
     if not hardware.count_gpus(os.environ) and not hardware.own_cpu().has_bf16:
         known = {"precision": "fp32"} | known
-    given = config.parse(flags)
     known |= {name: getattr(given, name) for name in config.given(flags)}
     known |= {"output_dir": str(adapter or "output"), "fit": "off"}
     known |= {"world_size": max(given.world_size, 1), "context_parallel": 1}
@@ -268,7 +267,7 @@ def open_run(adapter: Path | None, cfg: config.TrainConfig, any_base: bool = Fal
         UserError: see arch.read and model.build.
     """
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
-    cfg = adopt_format(cfg, info.stored_format, frozenset())
+    cfg = adopt_format(cfg, info.stored.whole, frozenset())
     saved = None if adapter is None else adapter_files.read(adapter)
     if saved is not None:
         adapter_files.check_open(saved, info)
@@ -416,10 +415,10 @@ def answer(model: Any, tokenizer: Any, ids: Sequence[int], num_tokens: int, worl
     Returns:
         The answer alone, without special tokens.
     """
-    was_training = model.training
-    model.eval()
-    (text,) = complete(model, tokenizer, [ids], Sampling(num_tokens), world)
-    model.train(was_training)
+    from fsdp_qlora.training.losses import evaluating
+
+    with evaluating(model):
+        (text,) = complete(model, tokenizer, [ids], Sampling(num_tokens), world)
     return text.strip()
 
 
@@ -439,11 +438,11 @@ def _parse(name: str, argv: Sequence[str], cls: Any) -> tuple:
     own, rest = cli.split(argv, {*known, *aliases})
     values, faults = cli.Reader(cls, aliases).read(own)
     refuse(faults)
-    config.parse(rest, near=known)
     given, adapter = config.given(rest), Path(values["adapter"]) if values.get("adapter") else None
+    cfg = config_of(adapter, rest, known)
     if adapter is None and "model_name" not in given:
         raise UserError(name, "needs --adapter or --model_name", "give one of them")
-    return cls(**values), given, adapter, config_of(adapter, rest)
+    return cls(**values), given, adapter, cfg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -479,8 +478,6 @@ def generate(argv: list[str]) -> int:
     if is_file != (options.out is not None) or not (is_alone or not is_file):
         rule = "go together, without --prompt and --chat"
         raise UserError("--prompts FILE and --out FILE", rule, "give both or none")
-    from fsdp_qlora.data.prompts import read_prompts
-
     asked = read_prompts(Path(options.prompts), "--prompts") if is_file else []
     out, of_out = Path(options.out or "").expanduser(), (f"--out {options.out}", "give another")
     if is_file:

@@ -24,7 +24,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
@@ -33,7 +32,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from fsdp_qlora import cli
+from fsdp_qlora import cli, errors
 from fsdp_qlora.errors import ENVIRONMENT, INPUT, INTEGRITY, UserError, brief, one_line, one_line_of
 
 SHAPES_DIRECTORY = Path(__file__).parent / "shapes"
@@ -41,7 +40,7 @@ NAMES = ("_name_or_path", "_also")  # in a shape, of the model on the hub
 CONFIG_FILES = ["config.json"]
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "vocab.*", "merges.txt"]
 MODEL_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-TABLE = tomllib.loads(Path(__file__).with_name("layouts.toml").read_text(encoding="utf-8"))
+TABLE = errors.read_table(__file__, "layouts.toml")
 HUB, REFUSALS = TABLE.pop("hub"), TABLE.pop("refusals")  # the rest is arch/info's
 # Sub-directories hold other formats, and consolidated* is a second copy of the same weights.
 LEFT_OUT = ["*/*", "consolidated*", "adapter_*"]
@@ -629,8 +628,7 @@ def piece(ref: TensorRef, index: int) -> TensorRef:
         index: of the expert.
     """
     nbytes = ref.nbytes // ref.shape[0]
-    start = ref.start + index * nbytes
-    return ref._replace(shape=ref.shape[1:], start=start, nbytes=nbytes)
+    return ref._replace(shape=ref.shape[1:], start=ref.start + index * nbytes, nbytes=nbytes)
 
 
 def _split_blocks(tensors: Refs, stored: Stored) -> Folded:

@@ -381,11 +381,6 @@ class ModelInfo:
     stored: Stored = field(default_factory=Stored)
     quantized: dict[str, QuantizedRef] = field(default_factory=dict)
 
-    @property
-    def stored_format(self) -> str | None:
-        """Of all linears on disk, when they are bitsandbytes', such as "nf4_dq"."""
-        return self.stored.whole
-
     @cached_property
     def by_layer(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
@@ -508,8 +503,7 @@ class ModelInfo:
     def num_positions(self) -> int | None:
         """Rows of its table of positions, which no row may exceed; None: it computes them."""
         size = self.config.get("n_positions", self.config.get("max_position_embeddings"))
-        is_known = self.model_type in POSITION_TABLES and isinstance(size, int)
-        return size if is_known else None
+        return size if self.model_type in POSITION_TABLES and isinstance(size, int) else None
 
     def recurrent_note(self) -> str:
         """Name the package with kernels for recurrent layers, where it is missing; or ""."""

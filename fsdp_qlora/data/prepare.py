@@ -13,7 +13,6 @@ import inspect
 import json
 import os
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from fsdp_qlora.data import batches, preferences, row_formats, sources, tokenize
 from fsdp_qlora.data.row_formats import RowFormatter
 from fsdp_qlora.data.tokenizer import DATE, SETTINGS_FILES, TextTokenizer
 from fsdp_qlora.data.tokens import NUMBERS, Facts, TokenDataset, TokenStore
-from fsdp_qlora.errors import DONE, UserError, join, one_line
+from fsdp_qlora.errors import DONE, UserError, join, one_line, read_table
 from fsdp_qlora.planning.sizes import PAD_MULTIPLES
 
 FEWEST_KEPT_BYTES = 2**20  # less is tokenized sooner than it is read back
@@ -37,7 +36,7 @@ MOST_SIMULATED_ROWS = 20_000  # padding is counted on so many, drawn at random
 TRAINED_ON = {"assistant": "answers", "completion": "answers", "last": "last answers"}
 LOSSES = ("cut", "empty", "beyond", "repeated", "same")
 SIDES = {0: ("",), 1: ("desirable, ",), -1: ("undesirable, ",)}
-TEXTS = tomllib.loads(Path(__file__).with_name("audit.toml").read_text(encoding="utf-8"))
+TEXTS = read_table(__file__, "audit.toml")
 
 
 @dataclasses.dataclass(frozen=True)

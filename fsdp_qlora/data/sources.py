@@ -13,7 +13,6 @@ import json
 import os
 import re
 import runpy
-import tomllib
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +20,9 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
 
 from fsdp_qlora.config import OWN_CODE, TrainConfig
-from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError, brief, one_line_of
+from fsdp_qlora.errors import ENVIRONMENT, INPUT, UserError, brief, one_line_of, read_table
 
-WORDS = tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8"))
+WORDS = read_table(__file__, "words.toml")
 DUMMY = "dummy"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([^:]*))?(?::(.+))?")
 MOST_HASHED_BYTES = 2**28  # larger files are known by size and time: a hash would take long

@@ -284,8 +284,7 @@ def _aliased(message: dict) -> dict:
 
 def _num_shared(a: str, b: str) -> int:
     """Characters that two texts begin with."""
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+    return len(os.path.commonprefix((a, b)))  # noqa: RUF071 - by characters
 
 
 def find_lost(

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 MASTER = ("MASTER_ADDR", "MASTER_PORT")
-SLURM: list[str] = cli.TABLE["slurm"]
 LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS")  # of them --world_size may be wrong
 NO_P2P = {"NCCL_P2P_DISABLE": "1"}
 PROGRAM = (sys.executable, "-P", "-m", "fsdp_qlora", "train")  # -P: nothing of the user's directory
@@ -75,7 +74,7 @@ def is_rank(env: Mapping[str, str], world_size: int = -1) -> bool:
     Raises:
         UserError: a variable is no number, or RANK and WORLD_SIZE are left from something else.
     """
-    for name in (*NUMBERS, "MASTER_PORT", *SLURM):
+    for name in (*NUMBERS, "MASTER_PORT", *cli.TABLE["slurm"]):
         if not env.get(name, "0").isdecimal():
             remedy = "unset it, or start the ranks with torchrun or srun"
             raise UserError(f"{name}={env[name]}", "must be a whole number", remedy, ENVIRONMENT)
@@ -601,7 +600,7 @@ def plan_run(cfg: TrainConfig, given: frozenset[str]) -> plans.RunPlan:
 def _read(cfg: TrainConfig, given: frozenset[str]) -> tuple[arch.ModelInfo, TrainConfig]:
     info = arch.read(cfg.model_name, need_weights=cfg.weights == "load")
     find_targets(info, cfg)
-    return info, adopt_format(cfg, info.stored_format, given)
+    return info, adopt_format(cfg, info.stored.whole, given)
 
 
 def broadcast_plan(cfg: TrainConfig, given: frozenset[str], world: "World") -> plans.RunPlan:

@@ -84,22 +84,8 @@ class World:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def gather(self, values: list[float]) -> list[list[float]]:
-        """Gather host numbers; no device is involved.
-
-        Args:
-            values: of this rank; as many on every rank.
-
-        Returns:
-            Every rank's values, by rank.
-        """
-        mine = torch.tensor(values, dtype=torch.float64)
-        every = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(every, mine)
-        return [tensor.tolist() for tensor in every]
-
     def gather_objects(self, value: object) -> list:
-        """Gather small host objects.
+        """Gather small host objects; no device is involved.
 
         Args:
             value: of this rank, picklable.
@@ -123,8 +109,7 @@ class World:
         Raises:
             UserError: as it was raised there; on every rank.
         """
-        found: Any = self.each(lambda: work() if self.rank == 0 else None)
-        return self.gather_objects(found)[0]
+        return self.gather_objects(self.each(lambda: work() if self.rank == 0 else None))[0]
 
     def each(self, work: Callable[[], T]) -> T:
         """Do work on every rank, and go on only if all could do it.

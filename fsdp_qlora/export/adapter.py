@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import tomllib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +23,7 @@ from fsdp_qlora.arch import ModelInfo, TensorRef
 from fsdp_qlora.arch.files import TOKENIZER_FILES, describe, read_header, read_json, same_bytes
 from fsdp_qlora.arch.targets import ALL_LINEARS, by_pattern, find_targets, module_names
 from fsdp_qlora.config import HQQ_FORMATS, PRECISIONS, TRAIN_TYPES, TrainConfig, from_record
-from fsdp_qlora.errors import INTEGRITY, UserError
+from fsdp_qlora.errors import INTEGRITY, UserError, read_table
 from fsdp_qlora.planning.sizes import ENDS
 
 CONFIG_NAME = "adapter_config.json"
@@ -36,7 +35,7 @@ IN_LAYER = re.compile(r".*?\.\d+\.(.+)")  # a linear of a layer, by its name in 
 EXPERTS = re.compile(r".*?\.(\d+)\.(?:.*\.)?experts(\.base_layer)?")  # both sides, in peft's files
 EACH = "per_expert"  # directory with the same adapter by names of single experts
 PAIR_NAME = re.compile(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(\.weight)?")
-TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TABLE = read_table(__file__)
 TYPES = {"alpha_pattern": dict, "rank_pattern": dict, "modules_to_save": list}
 SNAPSHOT = re.compile(r"(?:.*/)?models--(.+?)--(.+)/snapshots/([^/]+)/?")  # of the hub's cache
 SELECTION = ("lora_exclude_modules", "layers_to_transform")

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fsdp_qlora import arch, atomic, cli, hardware
 from fsdp_qlora.arch.files import KEPT, Stored, read_json
@@ -26,9 +26,6 @@ from fsdp_qlora.export import adapter as adapters
 from fsdp_qlora.export import serving
 from fsdp_qlora.export.adapter import SavedAdapter
 from fsdp_qlora.planning.sizes import FORMATS, new_layers
-
-if TYPE_CHECKING:
-    import torch
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # torch's names
 DEVICES, BASES = ("auto", "cpu", "cuda"), ("auto", "16bit", "dequantized")
@@ -149,7 +146,7 @@ def _new_model(
     print(f"written   {out}: {text.format_map(written)} of host memory")
 
 
-def _choose_device(name: str) -> "torch.device":
+def _choose_device(name: str) -> Any:
     """The CPU, or the GPU if there is one and `name` is not cpu."""
     import torch
 
@@ -287,7 +284,7 @@ def quantize(argv: list[str]) -> int:
     with _new_model(out, need_bytes, names, tensors, options) as (draft, _):
         model_files.copy_beside(draft, info, dtype, quantization_config=settings.to_dict())
         result, compute = arch.read(str(draft), need_weights=True), settings.bnb_4bit_compute_dtype
-        nothing, stored_as = SavedAdapter(out, "", {}), result.stored_format
+        nothing, stored_as = SavedAdapter(out, "", {}), result.stored.whole
         seen = new_weights.TrainedBase(info, nothing, compute, device)
         packed = new_weights.TrainedBase(result, nothing, compute, device, stored_as)
         lost = new_weights.check(seen, packed, options)

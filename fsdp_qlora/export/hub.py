@@ -18,8 +18,6 @@ from fsdp_qlora.planning.sizes import count_trained
 CARD_NAME = "README.md"
 FILES = (*TABLE["of_model"], CONFIG_NAME, WEIGHTS_NAME, LAYERS_NAME, *OF_TOKENIZER)
 FILES += (arch.files.INDEX_NAME, arch.files.SINGLE_NAME)
-# A card is shown to all: here also what only may be a secret is removed.
-MAYBE_SECRET: str = TABLE["maybe_secret"]
 CARD = Path(__file__).with_name("card.md.j2")  # its text, a template of Jinja
 
 
@@ -38,7 +36,8 @@ def write_card(directory: Path, cfg: TrainConfig, info: arch.ModelInfo) -> Path:
         run = record.read(directory)
     except UserError:  # what is saved already does not fail for want of its figures
         run = None
-    text = redact(re.sub(MAYBE_SECRET, REDACTED, card_text(cfg, info, run)))
+    # A card is shown to all: here also what only may be a secret is removed.
+    text = redact(re.sub(TABLE["maybe_secret"], REDACTED, card_text(cfg, info, run)))
     return atomic.write(directory / CARD_NAME, text)
 
 

@@ -37,7 +37,6 @@ MAX_SHARD_GIB = 5.0
 ENTRY_BYTES = 160  # of a header entry besides the name, at most
 OF_WRAPPER = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 ALIGN_BYTES = 8  # every tensor starts at a multiple of its item size, as torch's views want it
-DTYPE_NAMES = {dtype: name for name, dtype in weights.DTYPES.items()} | {torch.uint8: "U8"}
 FORMAT = {"format": "pt"}  # what transformers wants in a header
 Tensors = dict[str, torch.Tensor]
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
@@ -69,7 +68,7 @@ def safetensors_file(
         def write(name: str, tensor: torch.Tensor) -> None:
             raw, start = _bytes(tensor).numpy(), file.tell() - 8 - header_bytes
             place = {"shape": list(tensor.shape), "data_offsets": [start, start + raw.nbytes]}
-            entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], **place}
+            entries[name] = {"dtype": weights.DTYPE_NAMES[tensor.dtype], **place}
             file.write(raw.data)
 
         def add(name: str, tensor: torch.Tensor) -> None:

@@ -76,8 +76,8 @@ class TrainedBase:
 
     def __post_init__(self) -> None:
         """Refuse another format than that of the files."""
-        if self.info.stored_format and self.format_name != self.info.stored_format:
-            rule = f"is stored as {self.info.stored_format}, not {self.format_name or 'in 16 bit'}"
+        if self.info.stored.whole and self.format_name != self.info.stored.whole:
+            rule = f"is stored as {self.info.stored.whole}, not {self.format_name or 'in 16 bit'}"
             remedy = "use --base auto, or take the 16-bit original"
             raise UserError(str(self.info.path), rule, remedy)
 
@@ -106,7 +106,7 @@ class TrainedBase:
         Args:
             names: in the files.
         """
-        has_bytes, parts = self.cached.is_complete or self.info.stored_format, self.info.quantized
+        has_bytes, parts = self.cached.is_complete or self.info.stored.whole, self.info.quantized
         linears = self._places.keys() - {n for n in parts if parts[n].format == MXFP4}
         known, replaced = linears if has_bytes else set(), self.adapter.replaced
         others = [name for name in names if name not in known and name not in replaced]
@@ -119,9 +119,7 @@ class TrainedBase:
             elif self.format_name is None:
                 yield next(read)
             elif name in linears:
-                weight = next(read)
-                fields = quantize.FORMATS[self.format_name].quantize(weight)
-                yield self._dequantized(fields, weight.shape)
+                yield self._rounded(next(read))
             else:
                 yield next(read).to(self.dtype)
 
@@ -159,20 +157,23 @@ class TrainedBase:
     def _known(self, name: str) -> torch.Tensor:
         """A weight whose quantized bytes are there."""
         layer, index = self._places[name]
-        if self.info.stored_format:
-            packed = Weights(self.info).read_quantized([name], self.device, self.info.stored_format)
+        if self.info.stored.whole:
+            packed = Weights(self.info).read_quantized([name], self.device, self.info.stored.whole)
             return self._dequantized(next(packed), self.info.tensors[name].shape)
         if layer not in self._held:
             self._held.clear()
             (stored,) = self.cached.read_layers([layer])
             if stored is None:
                 print(f"warning   {name} in {self.cached.directory} is damaged: quantized anew")
-                weight = next(Weights(self.info).read_ahead([name], self.device))
-                fields = quantize.FORMATS[str(self.format_name)].quantize(weight)
-                return self._dequantized(fields, weight.shape)
+                return self._rounded(next(Weights(self.info).read_ahead([name], self.device)))
             flat = stored.to(self.device)
             self._held[layer] = quantize.LayerStore(lambda: flat, self._layouts[layer])
         return self._held[layer].weight(index, self.dtype)
+
+    def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight quantized, and dequantized again."""
+        fields = quantize.FORMATS[str(self.format_name)].quantize(weight)
+        return self._dequantized(fields, weight.shape)
 
     def _dequantized(self, fields: quantize.Fields, shape: Sequence[int]) -> torch.Tensor:
         layout = quantize.build_layout([(shape[0], shape[1])], str(self.format_name))

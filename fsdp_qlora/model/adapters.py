@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -19,9 +19,7 @@ from fsdp_qlora.arch.targets import Target, peft_name
 from fsdp_qlora.config import TRAIN_TYPES, TrainConfig
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model import experts, lora, shard
-
-if TYPE_CHECKING:
-    from fsdp_qlora.model.skeleton import QuantizedModel
+from fsdp_qlora.model.skeleton import QuantizedModel
 
 PEFT_NAMES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
@@ -96,7 +94,7 @@ def initialise(model: nn.Module, seed: int, device: torch.device) -> None:
             shard.release(block)
 
 
-def load(model: "QuantizedModel", path: Path, scales: dict[str, float] | None = None) -> None:
+def load(model: QuantizedModel, path: Path, scales: dict[str, float] | None = None) -> None:
     """Fill this rank's slices from an adapter in peft's format, or new layers of LLaMA-Pro.
 
     Args:
@@ -168,7 +166,7 @@ def b_slices(model: nn.Module, params: list[nn.Parameter]) -> list[Tensor]:
     return found
 
 
-def named_pairs(model: "QuantizedModel", flats: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+def named_pairs(model: QuantizedModel, flats: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield (peft tensor name, tensor) for whole flat LoRA tensors, one per decoder layer.
 
     Args:
@@ -197,8 +195,7 @@ def shift_magnitudes(model: nn.Module, flats: list[Tensor], sign: int) -> None:
     """
     bodies = [block.body for block in shard.blocks(model) if block.body.slots]
     for body, flat in zip(bodies, flats, strict=True):
-        squares = body.split_squares()
-        for parts, square_O in zip(body.split_lora(flat), squares, strict=False):
+        for parts, square_O in zip(body.split_lora(flat), body.split_squares(), strict=False):
             parts[2].add_(square_O.cpu().sqrt(), alpha=sign)
 
 

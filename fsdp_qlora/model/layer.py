@@ -186,11 +186,7 @@ class SharedStates:
 
 
 class Offload:
-    """The last tensor put away is the first to come back.
-
-    Attributes:
-        num_copies: tensors put away so far.
-    """
+    """The last tensor put away is the first to come back."""
 
     def __init__(self, device: torch.device, nbytes: int, folder: Path | None = None) -> None:
         """Make room as it is needed.
@@ -200,7 +196,6 @@ class Offload:
             nbytes: of the largest tensor that is expected.
             folder: where they lie in a file instead; or None.
         """
-        self.num_copies = 0
         self._device, self._nbytes, self._folder = device, nbytes, folder
         self._rooms: list[placement.HostBytes] = []
         self._stack: list[torch.Tensor] = []  # on the host
@@ -245,7 +240,6 @@ class Offload:
         if self._copies is not None:
             tensor.record_stream(self._copies)
         self._stack.append(copy)
-        self.num_copies += 1
         return depth
 
     def _take(self, depth: int) -> torch.Tensor:

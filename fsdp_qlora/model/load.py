@@ -119,8 +119,8 @@ class _Dealer:
         self.layouts, self.cache, self.placed = built.model.layouts, built.cache, built.placed
         self.blocks, self.source, self.world = list(shard.blocks(built.model)), source, world
         self.num_shares = num_shares
-        sizes = world.gather([world.local_size])
-        self.num_makers = int(min(size for (size,) in sizes))  # as many rounds on every machine
+        # As many rounds on every machine.
+        self.num_makers = min(world.gather_objects(world.local_size))
         memory, offloaded = self.placed.memory, self.placed.layers("offloaded")
         self.slices: dict[int, torch.Tensor] = {}
         if offloaded:

@@ -23,7 +23,7 @@ import torch
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import ENVIRONMENT, UserError
+from fsdp_qlora.errors import ENVIRONMENT, UserError, one_line_of
 from fsdp_qlora.hardware import GIB, host_limit_gib, host_used_gib, pss_gib
 from fsdp_qlora.model import disk
 from fsdp_qlora.planning import fit, rows
@@ -145,22 +145,20 @@ class Spill:
         Raises:
             UserError: the disk has no room (code 3).
         """
-        place, refusal, first = "", "", world.peers[0]
         starts = [0, *itertools.accumulate(map(disk.slot_bytes, sizes))]
-        if world.rank == first:
-            try:
+        got = f"{starts[-1] / GIB:.1f} GiB of quantized layers in {folder}"
+        remedy = "give --output_dir or --quant_cache on a disk with room"
+
+        def make() -> str:
+            with one_line_of(got, remedy, ENVIRONMENT, "{}: streamed layers must lie there"):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._file = file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
                 os.posix_fallocate(file.fileno(), 0, starts[-1])
-                place = f"/proc/{os.getpid()}/fd/{file.fileno()}"
-            except OSError as error:
-                refusal = error.strerror or str(error)
-        found = world.gather_objects((place, refusal))
-        if refusal := next((text for _, text in found if text), ""):
-            got = f"{starts[-1] / GIB:.1f} GiB of quantized layers in {folder}: {refusal}"
-            remedy = "give --output_dir or --quant_cache on a disk with room"
-            raise UserError(got, "what is streamed from disk must lie there", remedy, ENVIRONMENT)
-        path = Path(found[first][0])
+            return f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+        first = world.peers[0]
+        place = world.each(lambda: make() if world.rank == first else "")
+        path = Path(world.gather_objects(place)[first])
         self.spans = [(path, start, size) for start, size in zip(starts, sizes, strict=False)]
 
     def write(self, number: int, quantized: torch.Tensor) -> None:
@@ -220,7 +218,6 @@ class Streamer:
             after the slots are made.
         slots: uint8 [bytes of the largest layer] each, on the device.
         sizes: bytes of each layer that is streamed.
-        num_copies: layers copied so far.
     """
 
     def __init__(self, sizes: Sequence[int], num_slots: int, device: torch.device) -> None:
@@ -237,7 +234,6 @@ class Streamer:
             torch.empty(max(sizes), dtype=torch.uint8, device=device)
             for _ in range(min(num_slots, len(sizes)))
         ]
-        self.num_copies = 0
         self.sizes = sizes
         self._held = [-1] * len(self.slots)  # which layer lies, or is being copied, in a slot
         self._at = -1  # the layer read last
@@ -289,7 +285,6 @@ class Streamer:
         self._held[slot], last = layer, self._filled[slot]
         if isinstance(last, Future):
             last.result()  # or it would overwrite this one
-        self.num_copies += 1
         # What used the slot so far has been enqueued: this layer is another, and it was read later.
         source, target = self.sources[layer], self.slots[slot][: self.sizes[layer]]
         if source is not None:
@@ -438,7 +433,7 @@ def _num_in_memory(
     own = dataclasses.replace(setting.tiered(0), machines=world.size // world.local_size)
     table = plans.host(planned.Sizes(info, cfg, world.device.type), own)
     ranks_gib = table.peak_gib - sum(table.gib("load", row) for row in (rows.SYSTEM, rows.FILES))
-    by_rank = world.gather([host_limit_gib(), host_used_gib(), pss_gib()])
+    by_rank = world.gather_objects((host_limit_gib(), host_used_gib(), pss_gib()))
     limit_gib, used_gib, _ = by_rank[world.peers[0]]
     taken_gib = sum(by_rank[peer][2] for peer in world.peers)
     limit_gib -= used_gib - taken_gib  # by other programs
@@ -450,7 +445,7 @@ def _num_in_memory(
     if is_file or (left_gib + table.gib("load", rows.HOSTED)) * GIB < nbytes:
         left_gib -= fit.MARGIN * limit_gib
         num = max(0, min(num, int(left_gib * GIB * num / nbytes)))
-    return int(min(least for (least,) in world.gather([num])))
+    return min(world.gather_objects(num))
 
 
 def _note(names: Sequence[str], why: str) -> str:

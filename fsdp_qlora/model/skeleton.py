@@ -14,11 +14,12 @@ import sys
 from collections import UserDict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 
@@ -27,7 +28,7 @@ from fsdp_qlora.arch.info import INDEXED
 from fsdp_qlora.arch.targets import stored_name
 from fsdp_qlora.config import DISK, TrainConfig
 from fsdp_qlora.distributed.world import World
-from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, printable
+from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, one_line_of, printable
 from fsdp_qlora.model import lora, visit
 from fsdp_qlora.model.attention import MASKED, PLAIN, TRIAL, KnownAttention, register
 from fsdp_qlora.model.cuda_graphs import choose as choose_graphs
@@ -38,10 +39,6 @@ from fsdp_qlora.model.quantize import LayerCache, LayerStore, Layout, layer_layo
 from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, is_eager, trained_whole, whole_layer_bytes
 
 LARGE = 2**26  # elements: more than any table that a model makes for itself
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 # Where 8 bit gains, by compute capability: Ampere and Ada, Hopper, data-centre Blackwell, GeForce.
 MAJORS = {"fp8": (9, 10), "int8": (8, 9, 12), "fp16": (8, 9, 12)}
@@ -114,7 +111,7 @@ def choose_kernels(cfg: TrainConfig, device: torch.device, extra: str) -> Kernel
     return KernelChoice(dtype, attention, use_liger, has_rows, way, note)
 
 
-def apply_liger(hf_model: "PreTrainedModel") -> None:
+def apply_liger(hf_model: PreTrainedModel) -> None:
     """Let Liger's own API exchange the kernels of a transformers model.
 
     The loss stays ours: its head is sharded in a group of its own. Which of RMSNorm, RoPE, SwiGLU
@@ -166,7 +163,7 @@ class QuantizedModel(nn.Module):
         context: the ranks that share the tokens of its rows, see World; or None.
     """
 
-    decoder: "PreTrainedModel"
+    decoder: PreTrainedModel
     head: LossHead
     kernels: KernelChoice
 
@@ -316,12 +313,10 @@ def build(info: ModelInfo, cfg: TrainConfig, device: torch.device, extra="") -> 
     chosen = dataclasses.replace(chosen, note=chosen.note + _settle(config))
     if attention == "sdpa":
         attention = register(config, chosen.has_row_kernel and not extra)
-    try:
+    rule = f"model type {info.model_type} has attention classes of its own ({{}})"
+    remedy = "use --context_parallel 1" if cfg.context_parallel > 1 else "use --attn eager"
+    with one_line_of(f"--attn {chosen.attention}", remedy, rule=rule, kinds=KeyError):
         hf_model = on_meta(config, chosen.dtype, attention).requires_grad_(False)
-    except KeyError as error:
-        rule = f"model type {info.model_type} has attention classes of its own ({error})"
-        remedy = "use --context_parallel 1" if cfg.context_parallel > 1 else "use --attn eager"
-        raise UserError(f"--attn {chosen.attention}", rule, remedy) from None
     head, names = _loss_head(hf_model, info), stored_names(hf_model, info)
     inside = {at: name for name, at in names.items()}  # name in the files -> in the model
     known = (INDEXED.fullmatch(inside.get(at, "")) for at in info.linear_places())
@@ -454,13 +449,11 @@ def on_meta(config: Any, dtype: torch.dtype, attention: str) -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    with init_empty_weights(include_buffers=False), _LargeOnMeta():
-        try:
-            own: Any = {"dtype": dtype, "attn_implementation": attention}
-            made = AutoModelForCausalLM.from_config(config, **own)
-        except ValueError as error:
-            rule = "is no causal language model in this transformers"
-            raise UserError(f"model type {config.model_type}", rule, OTHER_MODEL) from error
+    got, rule = f"model type {config.model_type}", "transformers has no such causal language model"
+    own: Any = {"dtype": dtype, "attn_implementation": attention}
+    explained = one_line_of(got, OTHER_MODEL, rule=rule, kinds=ValueError)
+    with explained, init_empty_weights(include_buffers=False), _LargeOnMeta():
+        made = AutoModelForCausalLM.from_config(config, **own)
     for router in (m for m in made.modules() if hasattr(m, "router_jitter_noise")):
         router.eval().train = lambda *_: None  # Phi-MoE's, which draws the experts in training
     return made

@@ -17,7 +17,7 @@ from fsdp_qlora.config import DISK, IN_8_BIT, TrainConfig
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.hardware import GIB, Device, Machine
 from fsdp_qlora.planning import memory, sizes
-from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, Table
+from fsdp_qlora.planning.rows import CONTEXT, FILES, SYSTEM, WORDS, Table
 from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT, STREAMED, Setting, Sizes, place, setting_for
 
 MARGIN = 0.03  # of a GPU and of the host stays free: predictions are off by that much
@@ -441,27 +441,16 @@ def _single_changes(info: ModelInfo, cfg: TrainConfig, num_ranks: int) -> list[R
     """What could be tried, as far as it changes anything."""
     num_layers, per_step = info.num_layers, cfg.batch_size * cfg.gradient_accumulation_steps
     hosted = {"use_cpu_offload": True, "offload_impl": "auto", "sharding_strategy": "full_shard"}
-    sharded = {"use_cpu_offload": False, "sharding_strategy": "full_shard", "resident_layers": 0}
-    recompute = {"selective_layers": 0, "uncheckpointed_layers": 0}
-    recompute["use_gradient_checkpointing"] = True
     rows: list[Row] = []
     for size in (n for n in _divisors(per_step) if n < cfg.batch_size):
         values = {"batch_size": size, "gradient_accumulation_steps": per_step // size}
         rows.append((f"micro-batches of {size}", "", 0, values))
     for num in (num_layers * i // STEPS for i in range(1, STEPS)):
         rows.append((f"{num} layers whole on each GPU", "", 0, {**hosted, "resident_layers": num}))
-    rows += [
-        ("the base on the host", "", 0, {**hosted, "resident_layers": 0}),
-        ("recompute every layer", "", 0, recompute),
-        ("layers' inputs on the host", "", 0, {**recompute, HOSTED[1]: True}),
-        ("layers' inputs on disk", "", 0, {**recompute, HOSTED[1]: DISK}),
-        ("constants quantised too", "", 0, {"double_quant": True}),
-        ("rank 16", f"rank {cfg.lora_rank}", 1, {"lora_rank": min(cfg.lora_rank, 16)}),
-        ("no dropout", "the adapters' dropout", 1, {"lora_dropout": 0.0}),
-    ]
-    rows += [("the base sharded over the GPUs", "", 0, sharded)] if num_ranks > 1 else []
-    if cfg.format_name == "bf16":
-        rows.append(("a 4-bit base", "a 16-bit base", 1, {"train_type": "qlora"}))
+    due = {"ranks": num_ranks > 1, "rank": cfg.lora_rank > 16, "16bit": cfg.format_name == "bf16"}
+    for row in (row for row in WORDS["changes"] if due.get(row.get("when"), True)):
+        lost = row.get("lost", "").format_map(vars(cfg))
+        rows.append((row["words"], lost, int(lost != ""), row["options"]))
     for num in (n for n in (2, 4) if n > cfg.context_parallel):
         more = cfg.gradient_accumulation_steps * num // cfg.context_parallel
         shared: dict[str, Any] = {"context_parallel": num, "gradient_accumulation_steps": more}

@@ -212,8 +212,7 @@ def _forward(s: Sizes, setting: Setting) -> list[Rows]:
         loss.append(term(what, params=s.head, bytes=4 + s.item))
     num = 4 * setting.per_visit
     outputs = term("output, its norm, trained tokens, gradient", hidden=s.hidden, n=num, **wide)
-    gathered = _head_gathered(s, setting)
-    head: Rows = {rows.LOSS: loss, rows.LAYER: [outputs], rows.BUFFERS: gathered}
+    head: Rows = {rows.LOSS: loss, rows.LAYER: [outputs], rows.BUFFERS: _head_gathered(s, setting)}
     width, what = 2 * s.hidden + s.fullest.gates + s.fullest.product, "gates, product"
     if is_tiled(s, tokens, setting.levels[-1]):
         width, what = 2 * s.hidden + _qkv(s.fullest) + s.fullest.attention, "attention"

@@ -3,18 +3,17 @@
 The ledger measures the same rows; their names are part of the format of a run's record.
 """
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from fsdp_qlora.errors import read_table
 from fsdp_qlora.hardware import GIB
 
 PHASES = ("load", "forward", "backward", "optimizer", "save")
 
-WORDS = tomllib.loads(Path(__file__).with_name("run.toml").read_text(encoding="utf-8"))
+WORDS = read_table(__file__, "run.toml")
 # The table has their names too, and a test compares them.
 DEVICE_ROWS: tuple[str, ...] = tuple(WORDS["device_rows"].values())
 PACKED, CONSTANTS, UNQUANTISED, ADAPTERS, GRADIENTS = DEVICE_ROWS[:5]

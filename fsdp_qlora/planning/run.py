@@ -436,7 +436,7 @@ def main(argv: list[str]) -> int:
     """
     options, cfg, given, machines = parse(argv)
     info = arch.read(cfg.model_name, need_weights=False)
-    cfg = adopt_format(cfg, info.stored_format, given)
+    cfg = adopt_format(cfg, info.stored.whole, given)
     if len(machines) > 1:
         table = {name: survey(info, cfg, given, at) for name, at in machines.items()}
         print(json.dumps(table, indent=1) if options.json else "\n".join(_survey_lines(table)))

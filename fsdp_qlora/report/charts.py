@@ -4,15 +4,14 @@ charts.js draws them, in report.html and on the live page.
 """
 
 import itertools
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from fsdp_qlora.errors import read_table
 from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS
 from fsdp_qlora.record import Run, hosts_of
 
-TABLE = tomllib.loads(Path(__file__).with_name("look.toml").read_text(encoding="utf-8"))
+TABLE = read_table(__file__, "look.toml")
 ROWS = dict.fromkeys((*DEVICE_ROWS, *HOST_ROWS))
 ROW_COLOURS = dict(zip(ROWS, itertools.cycle(TABLE["colours"]), strict=False))
 LOOK = {"curves": TABLE["curves"], "colours": TABLE["colours"][:6], "rows": ROW_COLOURS}

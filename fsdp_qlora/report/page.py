@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from fsdp_qlora import atomic, cli, config
-from fsdp_qlora.errors import DONE, ENVIRONMENT, UserError, one_line_of
+from fsdp_qlora.errors import DONE, ENVIRONMENT, one_line_of
 from fsdp_qlora.planning.rows import DEVICE_ROWS, HOST_ROWS, PHASES, REST, GibByRow
 from fsdp_qlora.record import OWN_FLAGS, Run, command, distinct, highest, read, word
 from fsdp_qlora.report.charts import LOOK, TABLE, Tape, planned_steps
@@ -24,7 +24,6 @@ UNKNOWN = "–"
 # How far measured memory may be from the plan, as a share of it, from LARGE_GIB on.
 ROW_AIM, PEAK_AIM, CPU_AIM, LARGE_GIB = 0.10, 0.05, 0.15, 0.5
 LEAST_GIB = 0.0005  # smaller rows are counted in the total only
-PEAKS: list[str] = TABLE["peaks"]
 COMPARED = ["predicted", "measured", "difference"]
 
 
@@ -82,13 +81,12 @@ def write(run_dirs: list[Path], out: Path) -> Path:
         UserError: no record, a line that cannot be read, a directory that cannot be written.
     """
     path = out / "report.html"
-    try:
+    got, rule = ", ".join(map(str, run_dirs)), "cannot be shown ({kind}: {})"
+    remedy = "give directories whose record nobody has changed"
+    with one_line_of(got, remedy, rule=rule, kinds=NO_RECORD):
         runs = distinct([read(run_dir) for run_dir in run_dirs])
         data = [{"name": run.name, "state": run.state} | Tape.of(run).since() for run in runs]
         page = render("  ·  ".join(run.name for run in runs), sections(runs), data)
-    except NO_RECORD as error:
-        got, rule = ", ".join(map(str, run_dirs)), f"cannot be shown ({error!r:.120})"
-        raise UserError(got, rule, "give directories whose record nobody has changed") from error
     with one_line_of(path, "make room or check permissions", ENVIRONMENT):
         out.mkdir(parents=True, exist_ok=True)
         return atomic.write(path, page)
@@ -227,7 +225,7 @@ def peaks(run: Run, prefix: str) -> PageTable:
         run: the record.
         prefix: of the title.
     """
-    known = {name: run.peaks(name) for name in PEAKS if any(run.peaks(name))}
+    known = {name: run.peaks(name) for name in TABLE["peaks"] if any(run.peaks(name))}
     rows = [(f"rank {i}", [cell(known[name][i]) for name in known]) for i in range(run.num_ranks)]
     heads = [_plain(name) for name in known]
     return PageTable(f"{prefix}Peaks of every rank", heads, rows, "wide numbers fold")

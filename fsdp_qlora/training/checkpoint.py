@@ -24,7 +24,8 @@ from fsdp_qlora.data import Data
 from fsdp_qlora.distributed import hooks
 from fsdp_qlora.distributed.world import World
 from fsdp_qlora.errors import INTEGRITY, Stopped, UserError
-from fsdp_qlora.model import shard, weights
+from fsdp_qlora.model import shard
+from fsdp_qlora.model.weights import DTYPE_NAMES
 from fsdp_qlora.planning import memory, sizes
 from fsdp_qlora.planning.run import RunPlan
 from fsdp_qlora.training import optim, preflight
@@ -32,8 +33,6 @@ from fsdp_qlora.training.metrics import Recorder, Resumed
 
 HEARTBEAT_S = 2.0
 Tensors = dict[str, dict[str, Array]]  # by file and name
-DTYPES = {dtype: name for name, dtype in weights.DTYPES.items()}
-DTYPES |= {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64"}
 BY_RANK = "@ranks"  # ends the name of what the ranks keep for blocks of their slices
 
 
@@ -57,14 +56,14 @@ class HostBuffer:
         """Copy a tensor.
 
         Args:
-            tensor: of a dtype in DTYPES, on any device.
+            tensor: of a dtype in DTYPE_NAMES, on any device.
         """
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         start, self.end = self.end, self.end + flat.numel()
         fits = self.end <= self.memory.numel()
         copy = self.memory[start : self.end] if fits else torch.empty_like(flat, device="cpu")
         copy.copy_(flat)
-        return Array(DTYPES[tensor.dtype], tuple(tensor.shape), copy.numpy().data)
+        return Array(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), copy.numpy().data)
 
 
 def snapshot(trained: optim.Trained, buffer: HostBuffer) -> tuple[Tensors, dict[str, Any]]:
@@ -124,8 +123,7 @@ def _states(trained: optim.Trained) -> Iterator[tuple[str, Tensor, Tensor | None
 
 def _of_all_ranks(value: Tensor, world: World) -> Tensor:
     """[ranks, longest]: what belongs to blocks of a slice, and so to the number of ranks."""
-    lengths = world.gather([float(value.numel())])
-    padded = value.new_zeros(int(max(length for (length,) in lengths)))
+    padded = value.new_zeros(max(world.gather_objects(value.numel())))
     padded[: value.numel()] = value.reshape(-1)
     return world.share(padded)
 
@@ -341,7 +339,7 @@ class Checkpointer:
 
     Attributes:
         step: of the latest checkpoint that was begun, or resumed.
-        best: (step, held-out loss) of the best one, or None.
+        best: (step, held-out loss) of the best one that this process has taken, or None.
         stop: what signals leave.
     """
 
@@ -366,25 +364,17 @@ class Checkpointer:
         self._saved_s, self._has_new_best = time.monotonic(), False
         self._thread, self._writing_step = futures.ThreadPoolExecutor(1, "checkpoint"), 0
         self._writing: futures.Future | None = None
-        best_step, loss = trained.world.gather(self._read_best())[0]
-        self.best = (int(best_step), loss) if best_step else None  # as rank 0 has read it
+        self.best: tuple[int, float] | None = None
+        try:
+            checkpoint_store.best_of(self._output_dir)
+        except UserError as error:
+            recorder.say(f"warning   {error}")
         params = shard.trained_parameters(trained.model)
         nbytes = sum(p.numel() * (p.element_size() + memory.moment_bytes(cfg)) for p in params)
         nbytes *= self._is_on and self._is_writer
         self._buffer = HostBuffer(nbytes)
         if nbytes <= sizes.MOST_TOUCHED_BYTES:
             self._start(self._buffer.memory.zero_)  # makes the system give it
-
-    def _read_best(self) -> list[float]:
-        """Step and loss of the best checkpoint as this rank reads them; step 0: there is none."""
-        best = None
-        try:
-            best = checkpoint_store.best_of(self._output_dir)
-            if best and best["step"] not in checkpoint_store.steps(self._output_dir):
-                best = None  # the run has gone back behind it
-        except UserError as error:
-            self._recorder.say(f"warning   {error}")
-        return [float(best["step"]), float(best["loss"])] if best else [0.0, math.inf]
 
     def mark_best(self, best: tuple[float, int] | None) -> None:
         """Keep the checkpoint of the best evaluation; every rank must call.
@@ -393,11 +383,11 @@ class Checkpointer:
             best: lowest held-out loss, the same on every rank, and the step it was measured after:
                 at the latest the last one taken. If that has no checkpoint yet, it gets one.
         """
-        if best is None or not self._is_on or not best[0] < (self.best or (0, math.inf))[1]:
+        if best is None or not self._is_on:
             return
         loss, step = best
-        if step != self._taken:
-            return  # known from before a resume
+        if step != self._taken or self.best == (step, loss):
+            return  # known from before a resume, or marked
         self.best, self._has_new_best = (step, loss), step != self.step
         if not self._has_new_best:
             self._join()

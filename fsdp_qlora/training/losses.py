@@ -87,8 +87,8 @@ def weigh(
         return StepWeights(max(world.sum(sum(b.num_trained_tokens for b in batches)), 1.0))
     sides = [batch.sides for batch in batches if batch.sides is not None]
     num_tokens = sum(sum(s.counts[::2]) for s in sides)
-    counts = [float(sum(len(s.hashes) for s in sides)), float(num_tokens)]
-    num, num_tokens = (max(sum(column), 1.0) for column in zip(*world.gather(counts), strict=True))
+    every = world.gather_objects((sum(len(s.hashes) for s in sides), num_tokens))
+    num, num_tokens = (max(sum(column), 1.0) for column in zip(*every, strict=True))
     ratios = torch.zeros((), device=world.device)
     live = dataclasses.replace(preference, is_live=True)  # these rows are never the same
     for other in (batch.mismatched for batch in batches if batch.mismatched is not None):

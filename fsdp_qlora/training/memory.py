@@ -11,11 +11,9 @@ over from there. What nobody has told apart stands in a row of its own.
 
 import collections
 import contextlib
-import importlib
 import mmap
 import threading
 import time
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,9 +37,8 @@ from fsdp_qlora.training import optim
 
 FIXED = (names.BUFFERS, names.SCRATCH, names.GRADIENTS)  # what a shorter batch needs as well
 STEP_PHASES = ("forward", "backward", "optimizer")
-DEVICE_ROWS = (*names.DEVICE_ROWS, names.REST)
 Phases = dict[str, GibByRow]
-TABLE = tomllib.loads(Path(__file__).with_name("metrics.toml").read_text(encoding="utf-8"))
+TABLE = errors.read_table(__file__, "metrics.toml")
 PROCESS_FIELDS: tuple[str, ...] = tuple(TABLE["of_process"])
 PSS_SHARE = 0.005  # most of the time that measuring PSS may take, as a share of one core
 PROC = Path("/proc/self")
@@ -256,7 +253,6 @@ class MemoryTracker:
         self.peaks, self.held, self.used_gib = PhasePeaks(device), GibByRow(), GibByRow()
         self.transients, self.phases = Phases(), Phases()
         self.pinned_gib = 0.0
-        importlib.import_module("transformers.modeling_utils")  # a library, not the model
         data_gib = _token_bytes(data) / GIB if data else 0.0
         files_gib = Sizes(plan.info, plan.cfg).file_bytes / GIB
         whole = {"files_gib": files_gib, "system_gib": plan.machine.system_gib or 0.0}
@@ -486,29 +482,7 @@ def _what_is_there(device: torch.device, peak: Peak) -> str:
     return TABLE["on_gpu"].format(total_gib, *parts, total_gib - used_gib)
 
 
-def encode(phases: Phases, share: HostShare) -> list[float]:
-    """One rank's tracker as numbers, as many on every rank, for a gather.
-
-    Args:
-        phases: GiB by phase and row.
-        share: of the host.
-    """
-    rows = [phases.get(p, {}).get(row, 0.0) for p in names.PHASES for row in DEVICE_ROWS]
-    return [*rows, *share]
-
-
-NUM_VALUES = len(encode({}, HostShare()))
-
-
-def decode(values: Sequence[float]) -> tuple[Phases, HostShare]:
-    """What `encode` was given; rows of nothing are left out.
-
-    Args:
-        values: of one rank.
-    """
-    numbers = iter(values)
-    found = {p: {row: gib for row in DEVICE_ROWS if (gib := next(numbers))} for p in names.PHASES}
-    return {p: rows for p, rows in found.items() if rows}, HostShare(*numbers)
+Told = tuple[Phases, HostShare]  # of one rank: GiB by phase and row, and of the host
 
 
 @dataclass
@@ -528,22 +502,21 @@ class MemoryLedger:
     hosts: list[Phases] = field(default_factory=list)
 
     def update(
-        self, values: Sequence[Sequence[float]], phases: Sequence[str]
+        self, told: Sequence[Told], phases: Sequence[str]
     ) -> tuple[list[GibByRow], list[GibByRow]]:
         """Keep what the ranks have gathered.
 
         Args:
-            values: `encode` of every rank.
-            phases: that the values tell of.
+            told: of every rank.
+            phases: that they tell of.
 
         Returns:
             The rows of each rank's device, and of each host, at the highest of these phases.
         """
-        decoded = [decode(row) for row in values]
-        self.ranks = self.ranks or [{} for _ in decoded]
+        self.ranks = self.ranks or [{} for _ in told]
         self.hosts = self.hosts or [{} for _ in self.machines]
-        ranks = [{p: rows for p, rows in found.items() if p in phases} for found, _ in decoded]
-        shares = [[decoded[rank][1] for rank in machine] for machine in self.machines]
+        ranks = [{p: rows for p, rows in found.items() if p in phases} for found, _ in told]
+        shares = [[told[rank][1] for rank in machine] for machine in self.machines]
         hosts = [{phase: self.host_rows(phase, own) for phase in phases} for own in shares]
         return _keep_highest(self.ranks, ranks), _keep_highest(self.hosts, hosts)
 

@@ -52,6 +52,7 @@ TABLE = memory.TABLE
 
 
 Marks = list[tuple[str, Any]]  # phase, its end: a CUDA event, or seconds of perf_counter
+Figures = Sequence[dict[str, Any]]  # by rank
 
 
 class Clock:
@@ -277,7 +278,23 @@ class Recorder:
         """Write the last step and the summary, also when the run failed; say where memory went."""
         if error is not None and not hasattr(error, "__notes__"):
             self.tracker.annotate_oom(error, self._where())
-        self.close(is_complete=kind is None)
+        self._sampler.__exit__(None, None, None)
+        if self._file is None:
+            return
+        is_complete = kind is None
+        # After a CUDA error the last loss cannot be read: what was written before must stand.
+        with contextlib.suppress(*() if is_complete else (RuntimeError,)):
+            self.flush()
+        raise_to(self._totals.host_peaks, {"host_peak_used_gib": self._sampler.peak_used_gib})
+        summary: dict[str, Any] = {"is_complete": is_complete, "total_s": self.total_s()}
+        summary |= {**self._totals.summary(), "num_ranks": self._world.size}
+        summary["versions"] = hardware.versions(self._world.device)
+        summary |= {"ledger": self._ledger.to_dict(), **self._run_info}
+        atomic.write_json(self._output_dir / "summary.json", _plain(summary))
+        self._over.set()
+        self._waiting.join()
+        self._bar.close()
+        self._file.close()
 
     def step(self, record: dict[str, Any], wishes: Sequence[float] = ()) -> list[float]:
         """Record one optimizer step: write the line of the step before, keep this one for later.
@@ -298,18 +315,17 @@ class Recorder:
         mine = memory.process_memory(self._world.device, highest, self._sampler)
         mine["host_pinned_gib"] += self.tracker.pinned_gib
         mine["cpu_cores"] = self._process.cpu_percent() / 100
-        counts, host = [float(record[name]) for name in COUNTS], self._host()
-        by_row = memory.encode(phases, self.tracker.share._replace(used_gib=host["host_used_gib"]))
-        every = self._world.gather([*wishes, *counts, *mine.values(), *host.values(), *by_row])
-        columns, begin = list(zip(*every, strict=True)), len(wishes)
-        agreed = [max(column) for column in columns[:begin]]
+        counts, host = {name: record[name] for name in COUNTS}, self._host()
+        share = self.tracker.share._replace(used_gib=host["host_used_gib"])
+        own = (wishes, counts, mine, host, (phases, share))
+        every_wish, every_count, *every = zip(*self._world.gather_objects(own), strict=True)
+        agreed = [max(column) for column in zip(*every_wish, strict=True)]
         if self._world.rank == 0:
             self._is_reading = True
             self.flush()
             self._is_reading = False
-            sums = {n: int(sum(c)) for n, c in zip(COUNTS, columns[begin:], strict=False)}
-            rows = [row[begin + len(COUNTS) :] for row in every]
-            self._pending = ({**record, **sums, **self._memories([*mine], [*host], rows)}, lap)
+            sums = {name: sum(own[name] for own in every_count) for name in COUNTS}
+            self._pending = ({**record, **sums, **self._memories(*every)}, lap)
         self._step, self._stepped_s = record["step"], time.monotonic()
         self.clock.mark("record")
         return agreed
@@ -325,26 +341,20 @@ class Recorder:
             return "work after the last step"
         return (f"{running} of" if running else "work before") + f" step {self._step + 1}"
 
-    def _host(self) -> dict[str, float]:
-        """Memory and processors of this machine; NaN where there is no such limit."""
-        limits = hardware.machine_memory(self._sampler.cgroup).items()
-        host = {name: math.nan if gib is None else gib for name, gib in limits}
+    def _host(self) -> dict[str, Any]:
+        """Memory and processors of this machine; None where there is no such limit."""
+        host: dict[str, Any] = dict(hardware.machine_memory(self._sampler.cgroup))
         num_cores = host["num_cpu_cores"] = os.cpu_count() or 1
         host["cpu_cores"] = psutil.cpu_percent() / 100 * num_cores
         host["host_peak_used_gib"] = max(self._sampler.peak_used_gib, host["host_used_gib"])
         return host
 
-    def _memories(self, own: list[str], host: list[str], rows: list[list[float]]) -> dict[str, Any]:
+    def _memories(self, own: Figures, host: Figures, rows: Sequence[memory.Told]) -> dict[str, Any]:
         """What a line says of memory and processors, of each rank and of each machine."""
-        values = [row[-memory.NUM_VALUES :] for row in rows]
-        tops, host_tops = self._ledger.update(values, memory.STEP_PHASES)
-        ranks, hosts = [], []
-        for row, top in zip(rows, tops, strict=True):
-            ranks.append({**dict(zip(own, row, strict=False)), "device_rows": top})
-        for (first, *_), top in zip(self._machines, host_tops, strict=True):
-            figures = dict[str, Any](zip(host, rows[first][len(own) :], strict=False))
-            figures["num_cpu_cores"] = int(figures["num_cpu_cores"])
-            hosts.append({**_plain(figures), "host_rows": top})
+        tops, host_tops = self._ledger.update(rows, memory.STEP_PHASES)
+        ranks = [{**one, "device_rows": top} for one, top in zip(own, tops, strict=True)]
+        pairs = zip(self._machines, host_tops, strict=True)
+        hosts = [{**host[first], "host_rows": top} for (first, *_), top in pairs]
         named = zip(self._machines.values(), hosts, strict=True)
         several = {"hosts": [{"name": name, **figures} for name, figures in named]}
         return {"ranks": ranks, "host": hosts[0]} | (several if len(hosts) > 1 else {})
@@ -356,7 +366,7 @@ class Recorder:
             phase: "load" or "save".
         """
         share = self.tracker.share._replace(used_gib=self.tracker.used_gib[phase])
-        self._ledger.update(self._world.gather(memory.encode(self.tracker.phases, share)), (phase,))
+        self._ledger.update(self._world.gather_objects((self.tracker.phases, share)), (phase,))
 
     def event(self, name: str, values: dict[str, Any]) -> None:
         """Write a line that is not a step: {"event": name, **values}.
@@ -383,30 +393,6 @@ class Recorder:
         if self._world.rank == 0:
             self.flush()
             tqdm.write(text)
-
-    def close(self, is_complete: bool = True) -> None:
-        """Write the pending step and summary.json, end the bar and the thread; twice is harmless.
-
-        Args:
-            is_complete: False when the run ended by an error or a signal.
-        """
-        self._sampler.__exit__(None, None, None)
-        if self._file is None:
-            return
-        # After a CUDA error the last loss cannot be read: what was written before must stand.
-        with contextlib.suppress(*() if is_complete else (RuntimeError,)):
-            self.flush()
-        raise_to(self._totals.host_peaks, {"host_peak_used_gib": self._sampler.peak_used_gib})
-        summary: dict[str, Any] = {"is_complete": is_complete, "total_s": self.total_s()}
-        summary |= {**self._totals.summary(), "num_ranks": self._world.size}
-        summary["versions"] = hardware.versions(self._world.device)
-        summary |= {"ledger": self._ledger.to_dict(), **self._run_info}
-        atomic.write_json(self._output_dir / "summary.json", _plain(summary))
-        self._over.set()
-        self._waiting.join()
-        self._bar.close()
-        self._file.close()
-        self._file = None
 
     def flush(self) -> None:
         """Write the last step, on the rank that writes; waits for its loss."""

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from fsdp_qlora.data import Data
 
 STATE_TYPES = {"config": dict, "given": list, "fingerprint": dict}  # what is read of it here
-TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TABLE = errors.read_table(__file__)
 TOKENIZER_FILES, MAX_CHARS = ("tokenizer.json", "tokenizer.model"), 40
 MAY_CHANGE = (*TABLE["data"], *TABLE["rows"])
 Say = Callable[[str], Any]
@@ -203,25 +202,20 @@ def fingerprint(
         Plain values by name, as JSON has them.
     """
     per_step = cfg.batch_size * cfg.gradient_accumulation_steps * num_ranks
+    layers = [[row.linear.name for row in layer] for layer in targets.find_targets(info, cfg)]
+    are_alike = all(layer == layers[0] for layer in layers)
+    numbered = [f"{index}.{name}" for index, layer in enumerate(layers) for name in layer]
     values: dict[str, Any] = {
         "base": base or _digest(repr(sorted(info.config.items()))),
         **({"base_samples": info.digest()} if base else {}),
         "format": cfg.format_name,
         "adapter": TRAIN_TYPES[cfg.train_type].adapter,
-        "targets": _targets(info, cfg),
+        "targets": sorted(layers[0]) if are_alike else numbered,
         "compute_dtype": cfg.compute_dtype,
         "global_batch": per_step // cfg.context_parallel,
         "tokenizer": _tokenizer(info.path),
     }
     return values | {name: getattr(cfg, name) for name in (*TABLE["model"], *TABLE["data"])}
-
-
-def _targets(info: ModelInfo, cfg: TrainConfig) -> list[str]:
-    """Linears with adapters: their names in a layer where all layers are alike, else all names."""
-    layers = [[row.linear.name for row in layer] for layer in targets.find_targets(info, cfg)]
-    if all(layer == layers[0] for layer in layers):
-        return sorted(layers[0])
-    return [f"{index}.{name}" for index, layer in enumerate(layers) for name in layer]
 
 
 def data_fingerprint(data: "Data") -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_fp8_and_whole_numbers_are_read_as_what_they_stand_for(tmp_path):
     for number, name in enumerate(STORED):
         wanted = save_stored(base, tmp_path / f"{number}", name)
         info = arch.read(str(tmp_path / f"{number}"), need_weights=True)
-        assert info.stored_format is None and info.tensors.keys() == wanted.keys()
+        assert info.stored.whole is None and info.tensors.keys() == wanted.keys()
         names = list(wanted)
         read = weights.Weights(info).read_ahead(names, torch.device("cpu"))
         for key, tensor in zip(names, read, strict=True):

@@ -138,15 +138,6 @@ def test_paged_moments_are_told_apart_from_what_torch_holds(tmp_path):
     assert tracker.device_rows("forward", peak) == pytest.approx(expected | {names.REST: 1.0})
 
 
-def test_numbers_of_a_rank_survive_the_gather():
-    """Rows of nothing are left out; as many numbers on every rank."""
-    phases = {"load": {names.PACKED: 1.5}, "backward": {names.REST: 0.25, names.CONTEXT: 1.0}}
-    share = HostShare(0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 1.0, 2.0, 3.0)
-    values = memory.encode(phases, share)
-    assert len(values) == memory.NUM_VALUES == len(memory.encode({}, HostShare()))
-    assert memory.decode(values) == (phases, share)
-
-
 # 4 GiB of layers shared on the host, 0.5 of files in memory.
 HOST = {"shared_gib": 4.0, "files_gib": 0.5, "system_gib": 1.5, "used_gib": 12.0}
 
@@ -186,8 +177,7 @@ def test_the_book_keeps_the_rows_of_the_highest_step():
     kept = book_of("cpu")
     for packed, other in ((1.0, 5.0), (2.0, 1.0)):
         phases = {"forward": {names.PACKED: packed, names.REST: other}}
-        values = [memory.encode(phases, HostShare(**HOST))] * 2
-        tops, (host,) = kept.update(values, ("forward",))
+        tops, (host,) = kept.update([(phases, HostShare(**HOST))] * 2, ("forward",))
         assert tops == [phases["forward"]] * 2 and host[names.HOSTED] == 4.0
     assert kept.to_dict()["ranks"][1]["device"]["forward"] == {names.PACKED: 1.0, names.REST: 5.0}
 
@@ -225,7 +215,7 @@ def _short_of_memory(world, path, out):
         began_s = time.perf_counter()
         for phase in ("data", "forward", "backward", "optimizer", "other"):
             tracker.peaks.mark(phase)
-        memory.encode(tracker.step()[0], tracker.share)
+        tracker.step()
         costs.append(time.perf_counter() - began_s)
     return notes, min(costs)  # others compute on this machine too
 
@@ -243,6 +233,6 @@ def test_a_run_that_finds_no_memory_leaves_its_record_and_says_where(tmp_path):
     assert summary["ledger"]["host"].keys() == {"load", "forward", "backward", "optimizer"}
     for line in tiny.steps(tmp_path):
         assert line["ranks"][0]["device_rows"] and line["host"]["host_rows"]
-        assert set(line["ranks"][0]["device_rows"]) <= set(memory.DEVICE_ROWS)
+        assert set(line["ranks"][0]["device_rows"]) <= {*names.DEVICE_ROWS, names.REST}
     assert len(notes) + 2 <= exit_report.MAX_LINES
     assert cost_s < 0.003

@@ -41,9 +41,6 @@ class Alone:
     device: torch.device = CPU
     peers: tuple[int, ...] = (0,)
 
-    def gather(self, values: list[float]) -> list[list[float]]:
-        return [values]
-
     def gather_objects(self, value: object) -> list[object]:
         return [value]
 
