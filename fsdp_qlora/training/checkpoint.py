@@ -339,7 +339,7 @@ class Checkpointer:
 
     Attributes:
         step: of the latest checkpoint that was begun, or resumed.
-        best: (step, held-out loss) of the best one that this process has taken, or None.
+        best: (step, held-out loss) of the best one, or None.
         stop: what signals leave.
     """
 
@@ -364,17 +364,24 @@ class Checkpointer:
         self._saved_s, self._has_new_best = time.monotonic(), False
         self._thread, self._writing_step = futures.ThreadPoolExecutor(1, "checkpoint"), 0
         self._writing: futures.Future | None = None
-        self.best: tuple[int, float] | None = None
-        try:
-            checkpoint_store.best_of(self._output_dir)
-        except UserError as error:
-            recorder.say(f"warning   {error}")
+        self.best = trained.world.gather_objects(self._read_best())[0]  # as rank 0 has read it
         params = shard.trained_parameters(trained.model)
         nbytes = sum(p.numel() * (p.element_size() + memory.moment_bytes(cfg)) for p in params)
         nbytes *= self._is_on and self._is_writer
         self._buffer = HostBuffer(nbytes)
         if nbytes <= sizes.MOST_TOUCHED_BYTES:
             self._start(self._buffer.memory.zero_)  # makes the system give it
+
+    def _read_best(self) -> tuple[int, float] | None:
+        """Step and loss of the best checkpoint as this rank reads them; None: there is none."""
+        best = None
+        try:
+            best = checkpoint_store.best_of(self._output_dir)
+            if best and best["step"] not in checkpoint_store.steps(self._output_dir):
+                best = None  # the run has gone back behind it
+        except UserError as error:
+            self._recorder.say(f"warning   {error}")
+        return (best["step"], float(best["loss"])) if best else None
 
     def mark_best(self, best: tuple[float, int] | None) -> None:
         """Keep the checkpoint of the best evaluation; every rank must call.
@@ -383,11 +390,11 @@ class Checkpointer:
             best: lowest held-out loss, the same on every rank, and the step it was measured after:
                 at the latest the last one taken. If that has no checkpoint yet, it gets one.
         """
-        if best is None or not self._is_on:
+        if best is None or not self._is_on or not best[0] < (self.best or (0, math.inf))[1]:
             return
         loss, step = best
-        if step != self._taken or self.best == (step, loss):
-            return  # known from before a resume, or marked
+        if step != self._taken:
+            return  # known from before a resume
         self.best, self._has_new_best = (step, loss), step != self.step
         if not self._has_new_best:
             self._join()
