@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 LEAST_HOST_GIB, LEAST_DISK_GIB, LEAST_SHM_GIB, SLOW_MBS = 4, 5, 1, 100
 REMEDIES: dict[str, str] = cli.TABLE["remedies"]  # by check or task, and others
-SPEED_WORDS: dict[str, str] = cli.TABLE["speeds"]
 SEE, CACHE, OUTPUT = (REMEDIES[name] for name in ("see", "cache", "output"))
 MARK = "doctor: "  # of a finding among the lines that a rank prints
 TOGETHER, OPTIONAL_TASKS = ("meet", "gather"), ("hqq4", "speed")  # runs do without the latter
@@ -181,8 +180,6 @@ def save(findings: Iterable[Finding]) -> Iterator[Finding]:
     Raises:
         OSError: the file cannot be written.
     """
-    from fsdp_qlora.report import page
-
     path, table, note = hardware.machine_file(), measured(findings), ""
     if not table:
         yield Finding("measured speeds", f"none; {path} is left as it is")
@@ -194,14 +191,7 @@ def save(findings: Iterable[Finding]) -> Iterator[Finding]:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = {device: known.get(device, {}) | speeds for device, speeds in table.items()}
     atomic.write_json(path, {"cards": known | rows})
-    charts = [
-        {"title": words, "unit": "", "values": values}
-        for key, words in SPEED_WORDS.items()
-        if (values := [(name, row[key]) for name, row in (known | rows).items() if key in row])
-    ]
-    picture = path.with_suffix(".html")
-    atomic.write(picture, page.render("What doctor has measured", [], bars=charts))
-    value = f"of {', '.join(table)} are in {path}, where plan finds them{note}; see {picture}"
+    value = f"of {', '.join(table)} are in {path}, where plan finds them{note}"
     yield Finding("measured speeds", value)
 
 
@@ -490,35 +480,32 @@ def speed(world: "World") -> Iterator[Finding]:
     sustained = tflops * SUSTAINED_SHARE
     value = f"{tflops:.3g} TFLOP/s ({size} x {size}); {sustained:.3g} expected over a step"
     yield Finding(kind, value, speeds={"bf16_tflops": sustained})
-    for way, work in _frozen_matmuls(left, right).items():
-        gain = rate(work) * 2 * size**3 / 1e12 / tflops
-        value = f"{gain:.3g}x as fast as {kind}; {gain * GAIN_SHARE:.3g}x expected over a step"
-        yield Finding(f"--matmul {way}", value, speeds={f"{way}_gain": gain * GAIN_SHARE})
+    for way, work in _frozen_matmuls(left, right):
+        gain = GAIN_SHARE * rate(work) * 2 * size**3 / 1e12 / tflops
+        value = f"{gain:.3g}x as fast as {kind}, expected over a step"
+        yield Finding(f"--matmul {way}", value, speeds={f"{way}_gain": gain})
     source, target = torch.ones(2, nbytes, dtype=torch.uint8, device=world.device)
     gbs = 2 * nbytes * rate(lambda: target.copy_(source)) / 1e9
     yield Finding("memory", f"{gbs:,.3g} GB/s", speeds={"memory_gbs": gbs})
 
 
-def _frozen_matmuls(x_MI: "torch.Tensor", weight_OI: "torch.Tensor") -> dict[str, Callable]:
-    """What `--matmul` can do on this GPU -> such a product, the codes of its input included."""
+def _frozen_matmuls(x: "torch.Tensor", y: "torch.Tensor") -> Iterator[tuple[str, Callable]]:
+    """What `--matmul` can do on this GPU, and such a product x y^T, the codes of x included."""
     import torch
 
     from fsdp_qlora.model import matmul, quantize, skeleton
 
-    if not x_MI.is_cuda or x_MI.dtype != torch.bfloat16 or not quantize.triton_kernels(True):
-        return {}
-    major = torch.cuda.get_device_capability(x_MI.device)[0]
-    found: dict[str, Callable] = {}
-    for way in [way for way, majors in skeleton.MAJORS.items() if major in majors]:
-        if code := matmul.CODES.get(way):
-            codes_OI, scales_O1 = matmul.quantize_rows([weight_OI], code._replace(block=0))
-            pair = codes_OI, scales_O1[:, 0]
-            found[way] = lambda code=code, pair=pair: matmul.multiply(
-                matmul.quantize_rows([x_MI], code), pair, True
-            )
-        else:
-            found[way] = partial(matmul.plus_product, None, x_MI, weight_OI.half().t())
-    return found
+    def product(code: matmul.Code, pair: matmul.Pair) -> Any:
+        return matmul.multiply(matmul.quantize_rows([x], code), pair, True)
+
+    has_kernels = x.is_cuda and quantize.triton_kernels(True)
+    major = torch.cuda.get_device_capability(x.device)[0] if has_kernels else 0
+    for way, code in matmul.CODES.items():
+        if major in skeleton.MAJORS[way]:
+            codes, scales = matmul.quantize_rows([y], code._replace(block=0))
+            yield way, partial(product, code, (codes, scales[:, 0]))
+    if major in skeleton.MAJORS["fp16"]:
+        yield "fp16", partial(matmul.plus_product, None, x, y.half().t())
 
 
 def meet(world: "World") -> Iterator[Finding]:

@@ -75,9 +75,10 @@ class Device:
         gain = getattr(self, f"{matmul}_gain", None)
         return 1.0 if gain is None else gain * self.has_bf16
 
-    def is_predicted(self, matmul: str) -> bool:
-        """Whether nobody has measured that gain: those of fp8 were, on a GPU as this one."""
-        return matmul in ("int8", "fp16") and f"{matmul}_gain" not in self.measured_gains
+    def known_gain(self, matmul: str) -> float:
+        """The same, 0 where it is a prediction; those of fp8 are not: H200s were measured."""
+        is_known = matmul in ("bf16", "fp8") or f"{matmul}_gain" in self.measured_gains
+        return self.gain(matmul) * is_known
 
 
 GAINS = ("fp8_gain", "int8_gain", "fp16_gain")

@@ -17,7 +17,6 @@ from fsdp_qlora.doctor import OK, PROBLEM, WARNING, Finding
 from fsdp_qlora.errors import DONE, ENVIRONMENT, INTEGRITY, UserError
 from fsdp_qlora.model.quantize import FORMATS
 from tests import fake_nvml
-from tests.report.runs import Page
 from tests.tiny import require
 
 CPU = torch.device("cpu")
@@ -61,11 +60,7 @@ def test_a_machine_is_checked_and_measured_for_the_plan(
     for key in ("bf16_tflops", "memory_gbs", "card_link_gbs"):
         assert getattr(measured, hardware.SPEEDS[key]) == table["CPU"][key] > 0
     assert measured.disk_gbs == known.disk_gbs == table["disk"]["disk_gbs"] > 0
-    assert sorted(entry.name for entry in tmp_path.rglob("*")) == [
-        "cache",
-        "machine.html",
-        "machine.json",
-    ]
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["cache", "machine.json"]
 
 
 class SpoilingWorld(World):
@@ -196,9 +191,7 @@ def test_speeds_of_the_slowest_gpu_are_saved_beside_those_of_other_machines(
     (added,) = doctor.save([cpu])
     assert "unreadable" in replaced.value and "unreadable" not in added.value
     assert json.loads(path.read_text())["cards"] == {**table, "CPU": {"memory_gbs": 9.0}}
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["machine.html", "machine.json"]
-    charts = Page((tmp_path / "machine.html").read_text()).data["bars"]
-    assert {name for chart in charts for name, _ in chart["values"]} == {"H200", "CPU"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["machine.json"]
     monkeypatch.setenv("FSDP_QLORA_CACHE", "/proc/none")
     (refused,) = doctor.attempt("x", lambda: doctor.save(findings), doctor.CACHE)
     assert refused.status == WARNING and "FSDP_QLORA_CACHE" in refused.remedy

@@ -240,7 +240,7 @@ def test_measured_speeds_replace_those_of_the_table(
     (found,) = hardware.with_measured(listed)
     assert found.is_measured and (found.bf16_tflops, found.host_link_gbs) == (55.5, 13)
     assert (found.peer_gbs, found.memory_gbs, found.gain("int8")) == (7, 936, 1.9)
-    assert found.is_predicted("fp16") and not found.is_predicted("int8")
+    assert (found.known_gain("fp16"), found.known_gain("int8")) == (0, 1.9)
     assert hardware.with_measured(listed, 5.0)[0].host_link_gbs == 5
     path.write_text("[]")
     with pytest.raises(UserError, match="not what doctor writes"):

@@ -69,10 +69,13 @@ class Routing:
     @cached_property
     def _tiles(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """Of as many tiles as there can be: expert (E: no more) and first row, see the kernel."""
-        num = -(-len(self.order) // TILE_ROWS) + self.num
-        kernels = triton_kernels(True)
-        assert kernels is not None
-        return *kernels.grouped_tiles(self.starts, num, TILE_ROWS), self.starts[1:], TILE_ROWS
+        num_tiles = (self.starts.diff() + TILE_ROWS - 1) // TILE_ROWS
+        ends = num_tiles.cumsum(0)
+        tiles = torch.arange(-(-len(self.order) // TILE_ROWS) + self.num, device=ends.device)
+        expert = torch.searchsorted(ends, tiles, right=True)
+        own = expert.clamp(max=self.num - 1)
+        row = self.starts[own] + (tiles - (ends - num_tiles)[own]) * TILE_ROWS
+        return expert, row, self.starts[1:], TILE_ROWS
 
     def matmul(
         self, x: Tensor, weights: Weights, num_out: int, ends: tuple[bool, bool], **rest: Any

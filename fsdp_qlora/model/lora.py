@@ -12,7 +12,6 @@ Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, equation 5 and section 4
 peft's DoraLinearVariant.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -221,13 +220,7 @@ def _matmul(x_MI, linear, delta_MO, a_RI, dtype) -> tuple[torch.Tensor, torch.Te
 
 def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * left @ right in one kernel (with beta 0 the first tensor is never read)."""
-    return torch.addmm(_unread(left.dtype, left.device), left, right, beta=0, alpha=scale)
-
-
-@functools.cache
-def _unread(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Something of one element that stands for a tensor that nobody reads."""
-    return torch.empty(1, dtype=dtype, device=device)
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
@@ -442,7 +435,7 @@ class InputGroup:
             else:
                 if outputs is None and not asides and matmul.serves(self.linears, _flat(x)):
                     shapes = [(x.shape[:-1].numel(), linear.out_features) for linear in linears]
-                    outputs = self._later = Later(map(_unread(x.dtype, x.device).expand, shapes))
+                    outputs = self._later = Later(map(x.new_empty(1).expand, shapes))
                 x, *made = LoraMatmul.apply(x, None, a_RI, scales, outputs, *b_ORs)
                 deltas |= zip(linears, made, strict=True)
         return x, self.linears, asides, done is not None, *deltas.values()

@@ -21,7 +21,6 @@ Shape letters: M tokens, I in features, O out features of all linears that read 
 Source: e4m3, arXiv 2209.05433; scales by row, torch._scaled_mm; by block, arXiv 2412.19437, 3.3.2.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -110,11 +109,11 @@ def serves(linears: Sequence[Any], x_MI: torch.Tensor) -> bool:
     first = linears[0]
     if getattr(first, "quantized", None) is None or len(linears) < len(first.group.linears):
         return False
-    return _is_large(x_MI) and first.training
+    return _is_large(x_MI, first)
 
 
-def _is_large(x_MI: torch.Tensor) -> bool:
-    return x_MI.shape[0] >= MIN_TOKENS_8_BIT and x_MI.dtype == torch.bfloat16
+def _is_large(x_MI: torch.Tensor, linear: Any) -> bool:
+    return linear.training and len(x_MI) >= MIN_TOKENS_8_BIT and x_MI.dtype == torch.bfloat16
 
 
 def dtype_of(linear: Any, x_MI: torch.Tensor) -> torch.dtype:
@@ -124,7 +123,7 @@ def dtype_of(linear: Any, x_MI: torch.Tensor) -> torch.dtype:
         linear: that reads x.
         x_MI: its input.
     """
-    in_fp16 = linear.sums_in_fp16 and _is_large(x_MI) and linear.training
+    in_fp16 = linear.sums_in_fp16 and _is_large(x_MI, linear)
     return torch.float16 if in_fp16 else x_MI.dtype
 
 
@@ -143,20 +142,14 @@ def plus_product(
     """
     if x_MK.dtype == y_KN.dtype:
         return x_MK @ y_KN if total_MN is None else total_MN.addmm_(x_MK, y_KN)
-    most_M1 = torch.linalg.vector_norm(x_MK, torch.inf, 1, keepdim=True)
-    powers_M1 = most_M1.float().frexp().exponent
-    ones_M1 = torch.ones_like(most_M1, dtype=torch.float32)
-    half_MK = torch.empty_like(x_MK, dtype=torch.float16)
-    torch.mul(x_MK, torch.ldexp(ones_M1, -powers_M1), out=half_MK)
-    if x_MK.is_cuda:
-        torch.backends.cuda.matmul.allow_fp16_accumulation = True
-        product_MN = half_MK @ y_KN
-    else:  # as tensor cores do: 16 products at once
-        product_MN = x_MK.new_zeros(len(x_MK), y_KN.shape[1], dtype=torch.float16)
-        for x, y in zip(half_MK.split(16, 1), y_KN.split(16), strict=True):
-            product_MN = (product_MN + x.float() @ y.float()).half()
-    own_MN = torch.empty_like(product_MN, dtype=x_MK.dtype)
-    torch.mul(product_MN, torch.ldexp(ones_M1, powers_M1), out=own_MN)
+    most_M1 = torch.linalg.vector_norm(x_MK, torch.inf, 1, keepdim=True).float()
+    powers_M1 = torch.ldexp(torch.ones_like(most_M1), most_M1.frexp().exponent)
+    half_MK = torch.div(x_MK, powers_M1, out=torch.empty_like(x_MK, dtype=torch.float16))
+    flags = torch.backends.cuda.matmul  # a CPU sums up in float32
+    before, flags.allow_fp16_accumulation = flags.allow_fp16_accumulation, True
+    product_MN = half_MK @ y_KN
+    flags.allow_fp16_accumulation = before
+    own_MN = torch.mul(product_MN, powers_M1, out=torch.empty_like(product_MN, dtype=x_MK.dtype))
     return own_MN if total_MN is None else total_MN.add_(own_MN)
 
 
@@ -210,12 +203,7 @@ def input_gradient(grads_MO: Sequence[torch.Tensor], linears: Sequence[Any]) -> 
     weight = linears[0].quantized()
     pair = quantize_rows(grads_MO, weight.code, weight.scales_O)
     codes_IO = weight_codes(weight, True)
-    return multiply(pair, (codes_IO, _ones(len(codes_IO), codes_IO.device)), False)
-
-
-@functools.cache
-def _ones(num: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(num, device=device)
+    return multiply(pair, (codes_IO, torch.ones(len(codes_IO), device=codes_IO.device)), False)
 
 
 def quantize_rows(

@@ -138,9 +138,8 @@ def apply_liger(hf_model: PreTrainedModel) -> None:
     from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction as GateAndUp
 
     for module in hf_model.modules():  # experts, whose gate and up are one
-        gate = getattr(type(module), "_apply_gate", None)
-        is_usual = getattr(gate, "__module__", "") == "transformers.integrations.moe"
-        if is_usual and type(module.act_fn) is type(ACT2FN["silu"]):
+        file = getattr(getattr(type(module), "_apply_gate", None), "__module__", "")
+        if file.endswith("integrations.moe") and type(module.act_fn) is type(ACT2FN["silu"]):
             vars(module)["_apply_gate"] = lambda both: GateAndUp.apply(both, True)
     for file, (name, kind) in own_kinds:  # the next model would be built of those in their place
         if isinstance(kind, type):

@@ -21,12 +21,8 @@ CONSTANTS_PER_PROGRAM = 1024
 NUM_WARPS = 4
 
 
-def _cdiv(num: int, per: int) -> int:
-    return -(-num // per)  # Triton's own takes the host as long as half a launch
-
-
 def _power_of_2(num: int) -> int:
-    return 1 << (num - 1).bit_length()
+    return 1 << (num - 1).bit_length()  # Triton's own takes the host as long as a fifth of a launch
 
 
 @triton.jit
@@ -79,7 +75,7 @@ def dequantize_bnb(
     """
     num, stride = (out.shape[0], out.stride(0)) if out.dim() == 3 else (1, 0)
     size = out.numel() // num
-    grid = (_cdiv(size, 2 * BYTES_PER_PROGRAM), num)
+    grid = (-(-size // (2 * BYTES_PER_PROGRAM)), num)
     meta = {"group_bytes": group // 2, "tile": BYTES_PER_PROGRAM, "num_warps": NUM_WARPS}
     _dequantize_bnb[grid](quantized, absmax, table, out, size, stride, **meta)
     return out
@@ -97,7 +93,7 @@ def expand(quantized: Tensor, nested: Tensor, offset: Tensor, code: Tensor, grou
     out = torch.empty(quantized.shape, dtype=torch.float32, device=quantized.device)
     meta = {"tile": CONSTANTS_PER_PROGRAM, "num_warps": NUM_WARPS, "group": group}
     meta["enable_fp_fusion"] = False  # else product and sum are rounded once
-    grid = (_cdiv(out.numel(), CONSTANTS_PER_PROGRAM),)
+    grid = (-(-out.numel() // CONSTANTS_PER_PROGRAM),)
     _expand[grid](quantized, nested, offset, code, out, out.numel(), **meta)
     return out
 
@@ -185,37 +181,6 @@ def _add_low_rank(acc, low, high, row, col, is_row, n, turned, rank, rank_tile, 
     is_in = (r < rank)[:, None] & (col < n)[None, :]
     right = tl.load(high + at, mask=is_in, other=0.0)
     return tl.dot(left, right, acc, input_precision="ieee")
-
-
-@triton.jit
-def _grouped_tiles(starts, experts, rows, num, tile_rows: tl.constexpr, width: tl.constexpr):
-    tile, expert = tl.program_id(0), tl.arange(0, width)
-    first = tl.load(starts + expert, mask=expert < num, other=0)
-    last = tl.load(starts + expert + 1, mask=expert < num, other=0)
-    counts = (last - first + tile_rows - 1) // tile_rows
-    ends = tl.cumsum(counts)
-    own = tl.sum(((ends <= tile) & (expert < num)).to(tl.int32))
-    row = first + (tile - (ends - counts)) * tile_rows
-    tl.store(experts + tile, own)
-    tl.store(rows + tile, tl.sum(tl.where(expert == own, row, 0)))
-
-
-def grouped_tiles(starts: Tensor, num_tiles: int, tile_rows: int) -> tuple[Tensor, Tensor]:
-    """Cut the rows of each expert into tiles.
-
-    Args:
-        starts: int64 [experts + 1], first row of each expert.
-        num_tiles: at least as many as there are.
-        tile_rows: of a tile.
-
-    Returns:
-        int64 [num_tiles]: expert of each tile (the number of experts: there is none) and first row.
-    """
-    num = len(starts) - 1
-    experts, rows = starts.new_empty(2, num_tiles)
-    meta = {"tile_rows": tile_rows, "width": _power_of_2(num), "num_warps": NUM_WARPS}
-    _grouped_tiles[(num_tiles,)](starts, experts, rows, num, **meta)
-    return experts, rows
 
 
 @triton.jit(do_not_specialize=["first", "last"])
@@ -316,7 +281,7 @@ def grouped_matmul(
     meta = {"tile_m": tiles[3], "tile_n": tile_n, "tile_k": tile_k, "is_even": k % tile_k == 0}
     meta |= {"rank": rank, "rank_tile": max(16, _power_of_2(rank)), "turned": turned}
     meta |= {"num_warps": 4 if tile_n == 16 else 8, "num_stages": 3}
-    grid = (tiles[0].numel() * _cdiv(n, tile_n),)
+    grid = (tiles[0].numel() * -(-n // tile_n),)
     tensors = x, weight, out, bias, low, high, *tiles[:3], source, target
     _grouped_matmul[grid](*tensors, alpha, *experts, n, k, **meta)
 
@@ -368,7 +333,7 @@ def grouped_outer(
     n, rank, tile_n = x.shape[1], low.shape[1], 128
     meta = {"rank": rank, "rank_tile": max(16, _power_of_2(rank))}
     meta |= {"tile_m": 64, "tile_n": tile_n, "num_warps": 4}
-    grid = (out.shape[0], _cdiv(n, tile_n))
+    grid = (out.shape[0], -(-n // tile_n))
     _grouped_outer[grid](low, x, out, starts, source, n, **meta)
 
 
@@ -457,12 +422,12 @@ def weight_codes(
     tensors, meta = (codes, absmax, table, scales_O, out), {"group_bytes": group // 2}
     meta["enable_fp_fusion"] = False
     if is_turned:
-        grid = (_cdiv(num_out, TURNED_ROWS), 2 * num_bytes // group)
+        grid = (-(-num_out // TURNED_ROWS), 2 * num_bytes // group)
         _weight_turned[grid](
             *tensors, num_out, num_bytes, tile=TURNED_ROWS, num_warps=NUM_WARPS, **meta
         )
         return
-    grid = (num_out, _cdiv(num_bytes, BYTES_PER_PROGRAM))
+    grid = (num_out, -(-num_bytes // BYTES_PER_PROGRAM))
     _weight_rows[grid](*tensors, num_bytes, tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta)
 
 
@@ -543,11 +508,10 @@ def quantize_rows(
     strides = [part.stride(0) for part in parts] + [0] * rest
     widths, blocks = ([block] * 3, BLOCKS) if block else ([_power_of_2(n) for n in nums], 1)
     codes = torch.empty(len(parts[0]), sum(nums), dtype=dtype, device=parts[0].device)
-    size = _cdiv(nums[0], widths[0]), len(codes)
-    scales = torch.empty(size, dtype=torch.float32, device=codes.device).t()
+    scales = codes.new_empty(-(-nums[0] // widths[0]), len(codes), dtype=torch.float32).t()
     num_warps = min(16, max(4, _power_of_2(sum(widths[: len(parts)]) * blocks // 1024)))
     meta = {"largest": largest, "blocks": blocks, "num_warps": num_warps, "enable_fp_fusion": False}
-    grid = len(codes), _cdiv(nums[0], widths[0] * blocks)
+    grid = len(codes), -(-nums[0] // (widths[0] * blocks))
     tensors = *parts, *[None] * rest, factors_I, codes, scales
     _quantize_rows[grid](*tensors, *nums, *strides, *widths, **meta)
     return codes, scales
@@ -623,7 +587,7 @@ def int8_matmul(
     meta = {"rank": 0 if low is None else low.shape[1], "is_even": k % BLOCK.value == 0}
     meta |= {"tile_m": tile_m, "tile_n": tile_n, "band": 8}
     meta |= {"num_warps": num_warps, "num_stages": num_stages}
-    grid = (_cdiv(m, tile_m) * _cdiv(n, tile_n),)
+    grid = (-(-m // tile_m) * -(-n // tile_n),)
     tensors = codes, y_codes, out, scales, y_scales, bias, low, high
     _int8_matmul[grid](*tensors, m, n, k, **meta)
     return out

@@ -203,12 +203,11 @@ def settle(
             why = f"; precision {precision}, as {who} {lacking[0]} has no bfloat16"
     if cfg.matmul == "auto":
         gains = {"bf16": 1.0}
-        for way in config.IN_8_BIT if machine.gpus else ():
-            known = [gpu.gain(way) * (not gpu.is_predicted(way)) for gpu in machine.gpus]
-            gains[way] = min(known)
+        for way in config.IN_8_BIT:
+            gains[way] = min((gpu.known_gain(way) for gpu in machine.gpus), default=0.0)
         cfg = dataclasses.replace(cfg, matmul="bf16")
         with contextlib.suppress(UserError):  # raised by bases and precisions without 8 bit
-            cfg = dataclasses.replace(cfg, matmul=max(gains, key=lambda way: gains[way]))
+            cfg = dataclasses.replace(cfg, matmul=max(gains, key=gains.__getitem__))
         why += f"; matmul {cfg.matmul}"
     return cfg, why
 
@@ -621,7 +620,7 @@ def _summary(plan: RunPlan, found: Outcome, values: dict[str, Any]) -> list[str]
     for gpu in dict.fromkeys(plan.machine.gpus):
         way, gain = plan.cfg.matmul, gpu.gain(plan.cfg.matmul)
         due = {"slow": plan.cfg.compute_dtype == "bfloat16" and not gpu.has_bf16}
-        due |= {"idle": not gain, "predicted": bool(gain) and gpu.is_predicted(way)}
+        due |= {"idle": not gain, "predicted": bool(gain) and not gpu.known_gain(way)}
         texts = [WORDS["of_gpus"][name] for name in due if due[name]]
         notes += [text.format(gpu=gpu.name, way=way, gain=gain) for text in texts]
     lines += _experts(plan)
