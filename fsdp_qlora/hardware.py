@@ -158,8 +158,7 @@ def least_of(machines: Sequence[Machine]) -> Machine:
     gpus = min((m.gpus for m in machines), key=lambda own: min(gpu.memory_gib for gpu in own))
     every = [gpu for machine in machines for gpu in machine.gpus]
     low = {name: min(getattr(gpu, name) for gpu in every) for name in ("has_bf16", *GAINS)}
-    known = set.intersection(*({*gpu.measured_gains.split()} for gpu in every))
-    low["measured_gains"] = " ".join(sorted(known))
+    low["measured_gains"] = " ".join(n for n in GAINS if all(n in g.measured_gains for g in every))
     gpus = tuple(dataclasses.replace(gpu, **low) for gpu in gpus)
     hosts = [m.host_gib for m in machines if m.host_gib is not None]
     used = [m.system_gib for m in machines if m.system_gib is not None]

@@ -123,8 +123,7 @@ def dtype_of(linear: Any, x_MI: torch.Tensor) -> torch.dtype:
         linear: that reads x.
         x_MI: its input.
     """
-    in_fp16 = linear.sums_in_fp16 and _is_large(x_MI, linear)
-    return torch.float16 if in_fp16 else x_MI.dtype
+    return torch.float16 if linear.sums_in_fp16 and _is_large(x_MI, linear) else x_MI.dtype
 
 
 def plus_product(
