@@ -122,6 +122,7 @@ def apply_liger(hf_model: PreTrainedModel) -> None:
     """
     # Liger warns of every backend that it cannot import.
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)
+    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction as GateAndUp
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -135,8 +136,6 @@ def apply_liger(hf_model: PreTrainedModel) -> None:
     # A mixture whose first layers are dense; a type that its release has only half of.
     with contextlib.suppress(AttributeError, ImportError):
         _apply_liger_kernel_to_instance(model=hf_model, **own)
-    from liger_kernel.ops.swiglu import LigerFusedGateUpSiLUMulFunction as GateAndUp
-
     for module in hf_model.modules():  # experts, whose gate and up are one
         file = getattr(getattr(type(module), "_apply_gate", None), "__module__", "")
         if file.endswith("integrations.moe") and type(module.act_fn) is type(ACT2FN["silu"]):

@@ -98,8 +98,9 @@ def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monk
         raise ImportError  # as 0.8.5 does for qwen3_5_moe
 
     fake = SimpleNamespace(_apply_liger_kernel_to_instance=bind, __spec__=object())
-    for name in ("liger_kernel", "liger_kernel.transformers"):
-        monkeypatch.setitem(sys.modules, name, fake)
+    fake.LigerFusedGateUpSiLUMulFunction = SimpleNamespace(apply=lambda both, in_place: "fused")
+    for name in ("", ".transformers", ".ops", ".ops.swiglu"):
+        monkeypatch.setitem(sys.modules, f"liger_kernel{name}", fake)
     usual = skeleton.choose_kernels
 
     def choose(*args):
@@ -111,8 +112,10 @@ def test_experts_are_read_from_the_store_whatever_liger_has_bound(tmp_path, monk
         built = build_one(arch.read(str(tmp_path / "model"), need_weights=True))
         mixtures = [m for m in built.modules() if isinstance(m, QuantizedExperts)]
         assert mixtures and not any("forward" in vars(mixture) for mixture in mixtures)
+        assert {mixture._apply_gate(None) for mixture in mixtures} == {"fused"}
     edit_json(tmp_path / "model" / "config.json", hidden_act="relu")  # its kernels compute SiLU
-    build_one(arch.read(str(tmp_path / "model"), need_weights=True))
+    built = build_one(arch.read(str(tmp_path / "model"), need_weights=True))
+    assert not any("_apply_gate" in vars(module) for module in built.modules())
     assert seen[-1] - seen[0] == {"swiglu"} and "geglu" in seen[0]
     tiny_models.save(tmp_path / "other", "falcon_h1")  # the bias of its MLP would not be scaled
     fake._apply_liger_kernel_to_instance = bind_half
