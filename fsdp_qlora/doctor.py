@@ -482,7 +482,7 @@ def speed(world: "World") -> Iterator[Finding]:
     yield Finding(kind, value, speeds={"bf16_tflops": sustained})
     for way, work in _frozen_matmuls(left, right):
         gain = GAIN_SHARE * rate(work) * 2 * size**3 / 1e12 / tflops
-        value = f"{gain:.3g}x as fast as {kind}, expected over a step"
+        value = f"frozen matmuls {gain:.3g}x as fast over a step as in {kind}"
         yield Finding(f"--matmul {way}", value, speeds={f"{way}_gain": gain})
     source, target = torch.ones(2, nbytes, dtype=torch.uint8, device=world.device)
     gbs = 2 * nbytes * rate(lambda: target.copy_(source)) / 1e9

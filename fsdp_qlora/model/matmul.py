@@ -146,8 +146,10 @@ def plus_product(
     half_MK = torch.div(x_MK, powers_M1, out=torch.empty_like(x_MK, dtype=torch.float16))
     flags = torch.backends.cuda.matmul  # a CPU sums up in float32
     before, flags.allow_fp16_accumulation = flags.allow_fp16_accumulation, True
-    product_MN = half_MK @ y_KN
-    flags.allow_fp16_accumulation = before
+    try:
+        product_MN = half_MK @ y_KN
+    finally:  # also where memory has run out: the process may multiply for others
+        flags.allow_fp16_accumulation = before
     own_MN = torch.mul(product_MN, powers_M1, out=torch.empty_like(product_MN, dtype=x_MK.dtype))
     return own_MN if total_MN is None else total_MN.add_(own_MN)
 
@@ -218,12 +220,12 @@ def quantize_rows(
     Returns:
         code.dtype [M, I], float32 [M, B].
     """
-    if code.block and len(parts) > 1:
+    if len(parts) > 1 and (code.block or not parts[0].is_cuda):
         parts = [torch.cat(tuple(parts), 1)]
     if parts[0].is_cuda:
         parts = [x if x.stride(1) == 1 else x.contiguous() for x in parts]
         return _kernels().quantize_rows(parts, factors_I, *code[:3])
-    x_MI = torch.cat(tuple(parts), 1)
+    (x_MI,) = parts
     num_rows, num = x_MI.shape
     values = x_MI.float() if factors_I is None else x_MI.float() * factors_I
     block = code.block or num

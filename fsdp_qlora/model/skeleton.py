@@ -137,8 +137,8 @@ def apply_liger(hf_model: PreTrainedModel) -> None:
     with contextlib.suppress(AttributeError, ImportError):
         _apply_liger_kernel_to_instance(model=hf_model, **own)
     for module in hf_model.modules():  # experts, whose gate and up are one
-        file = getattr(getattr(type(module), "_apply_gate", None), "__module__", "")
-        if file.endswith("integrations.moe") and type(module.act_fn) is type(ACT2FN["silu"]):
+        origin = getattr(getattr(type(module), "_apply_gate", None), "__module__", "")
+        if origin.endswith("integrations.moe") and type(module.act_fn) is type(ACT2FN["silu"]):
             vars(module)["_apply_gate"] = lambda both: GateAndUp.apply(both, True)
     for file, (name, kind) in own_kinds:  # the next model would be built of those in their place
         if isinstance(kind, type):

@@ -433,7 +433,7 @@ def weight_codes(
 
 @triton.jit
 def _load_part(x, factors, row, at, num, stride, block: tl.constexpr):
-    """A part of a row times its factors, the largest number, and 0, or none where one is none."""
+    """A part of a row times its factors; its largest; 0, not finite where one of them is not."""
     col = at[:, None] * block + tl.arange(0, block)[None, :]
     values = tl.load(x + row * stride + col, mask=col < num, other=0).to(tl.float32)
     rest = tl.sum(values - values, 1)

@@ -415,8 +415,8 @@ def layer_moments(s: Sizes, tokens: int, level: str) -> list[Rows]:
     wide = {"tokens": tokens, "bytes": s.item}
     made_of = {"its output": s.hidden, "the activation product": s.product}
     grads = [term(f"gradient of {what}", features=num, **wide) for what, num in made_of.items()]
-    copies = [term("inputs and sums in float16", features=s.hidden + s.product, **wide)]
-    grads += copies * (s.cfg.matmul == "fp16")
+    in_fp16 = (s.hidden + s.product) * (s.cfg.matmul == "fp16")
+    grads += present(term("inputs and sums in float16", features=in_fp16, **wide))
     constants = {"weights": s.formatted, "bytes": s.format.constant_bytes, "per_group": GROUP}
     rest = [term("constants of the layer", **constants)]  # before its first matmul
     scratch = [*at_work(s), *rest]

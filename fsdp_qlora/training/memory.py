@@ -482,9 +482,6 @@ def _what_is_there(device: torch.device, peak: Peak) -> str:
     return TABLE["on_gpu"].format(total_gib, *parts, total_gib - used_gib)
 
 
-Told = tuple[Phases, HostShare]  # of one rank: GiB by phase and row, and of the host
-
-
 @dataclass
 class MemoryLedger:
     """The highest rows of each phase, kept on the rank that writes.
@@ -502,12 +499,12 @@ class MemoryLedger:
     hosts: list[Phases] = field(default_factory=list)
 
     def update(
-        self, told: Sequence[Told], phases: Sequence[str]
+        self, told: Sequence[tuple[Phases, HostShare]], phases: Sequence[str]
     ) -> tuple[list[GibByRow], list[GibByRow]]:
         """Keep what the ranks have gathered.
 
         Args:
-            told: of every rank.
+            told: of every rank, GiB by phase and row, and of the host.
             phases: that they tell of.
 
         Returns:

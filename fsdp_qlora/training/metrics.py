@@ -52,7 +52,6 @@ TABLE = memory.TABLE
 
 
 Marks = list[tuple[str, Any]]  # phase, its end: a CUDA event, or seconds of perf_counter
-Figures = Sequence[dict[str, Any]]  # by rank
 
 
 class Clock:
@@ -349,7 +348,7 @@ class Recorder:
         host["host_peak_used_gib"] = max(self._sampler.peak_used_gib, host["host_used_gib"])
         return host
 
-    def _memories(self, own: Figures, host: Figures, rows: Sequence[memory.Told]) -> dict[str, Any]:
+    def _memories(self, own: Sequence[dict], host: Sequence[dict], rows: Sequence[tuple]) -> dict:
         """What a line says of memory and processors, of each rank and of each machine."""
         tops, host_tops = self._ledger.update(rows, memory.STEP_PHASES)
         ranks = [{**one, "device_rows": top} for one, top in zip(own, tops, strict=True)]
