@@ -29,6 +29,7 @@ TIMEOUT_S, PORT = 360.0, 29501  # ranks and torchrun's agents wait for each othe
 TRAIN = ("-m", "fsdp_qlora", "train")
 WATCHED = """"$@"; code=$?; for i in $(seq 20); do set -- /proc/[0-9]*
 [ $# = 1 ] && exit $code; sleep 0.1; done; head -c 200 "${@/%//cmdline}"; exit 98"""
+STACKS = Path(__file__).with_name("stacks")
 SLURM_CONF = Path(__file__).with_name("slurm.conf")
 
 
@@ -55,7 +56,7 @@ def wait_until(is_true: Callable[[], object], what: str, timeout_s: float = TIME
 
 def clean_env(**more: str) -> dict[str, str]:
     """The environment of a rank on a CPU host whose package is this one."""
-    ours = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ours = {"PYTHONPATH": f"{ROOT}:{STACKS}", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return dict(os.environ) | ours | more
 
 
