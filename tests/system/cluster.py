@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 BRIDGE, SUBNET = "br77", "10.77.0"
 LOCK = Path("/run/fsdp_qlora_hosts.lock")
 ALL_SPACES = ("--mount", "--uts", "--pid", "--fork", "--mount-proc", "--kill-child")
-TIMEOUT_S, PORT = 360.0, 29501  # ranks and torchrun's agents wait for each other for 300 s
+TIMEOUT_S, PORT = 240.0, 29501
 TRAIN = ("-m", "fsdp_qlora", "train")
 WATCHED = """"$@"; code=$?; for i in $(seq 20); do set -- /proc/[0-9]*
 [ $# = 1 ] && exit $code; sleep 0.1; done; head -c 200 "${@/%//cmdline}"; exit 98"""
