@@ -493,12 +493,12 @@ def _frozen_matmuls(x: "torch.Tensor", y: "torch.Tensor") -> Iterator[tuple[str,
     """What `--matmul` can do on this GPU, and such a product x y^T, the codes of x included."""
     import torch
 
-    from fsdp_qlora.model import matmul, quantize, skeleton
+    from fsdp_qlora.model import matmul, skeleton
 
     def product(code: matmul.Code, pair: matmul.Pair) -> Any:
         return matmul.multiply(matmul.quantize_rows([x], code), pair, True)
 
-    has_kernels = x.is_cuda and quantize.triton_kernels(True)
+    has_kernels = x.is_cuda and matmul.triton_kernels()
     major = torch.cuda.get_device_capability(x.device)[0] if has_kernels else 0
     for way, code in matmul.CODES.items():
         if major in skeleton.MAJORS[way]:

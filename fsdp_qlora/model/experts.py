@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from fsdp_qlora.arch.info import Linear
 from fsdp_qlora.errors import INTEGRITY, UserError
 from fsdp_qlora.model.lora import InputGroup
-from fsdp_qlora.model.quantize import LayerStore, triton_kernels
+from fsdp_qlora.model.matmul import triton_kernels
+from fsdp_qlora.model.quantize import LayerStore
 from fsdp_qlora.planning.sizes import WHOLE_LAYER_BYTES
 
 TILE_ROWS = 128  # of one expert, that a program of the kernel computes

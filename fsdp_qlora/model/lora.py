@@ -148,7 +148,7 @@ class LoraMatmul(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_seen = (grad_hidden_MR @ a_RI).view_as(seen)
         elif grad_x is not None:
-            _flat(grad_x).addmm_(grad_hidden_MR, a_RI)
+            matmul.add_product(_flat(grad_x), grad_hidden_MR, a_RI)
         return grad_x, grad_seen, grad_a, None, None, *grad_bs
 
 

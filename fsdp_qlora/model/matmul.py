@@ -22,6 +22,8 @@ Source: e4m3, arXiv 2209.05433; scales by row, torch._scaled_mm; by block, arXiv
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,16 @@ from fsdp_qlora.planning.sizes import MIN_TOKENS_8_BIT
 
 FLOOR = 1e-30  # of a scale
 BLOCK = 128  # inputs that share a scale of x in int8
+MOST_RANKS = 64  # of an own kernel that adds LoRA's product; for more cuBLAS is as fast
+
+
+@lru_cache
+def triton_kernels(is_cuda: bool = True) -> Any:
+    """The module triton_kernels.py; None on a CPU, and where torch came without Triton."""
+    try:
+        return import_module("fsdp_qlora.model.triton_kernels") if is_cuda else None
+    except ImportError:
+        return None
 
 
 class Code(NamedTuple):
@@ -154,6 +166,23 @@ def plus_product(
     return own_MN if total_MN is None else total_MN.add_(own_MN)
 
 
+def add_product(
+    total_MN: torch.Tensor, left_MR: torch.Tensor, right_RN: torch.Tensor, scale: float = 1.0
+) -> None:
+    """Add a product of low rank to a matrix: the time is that of reading and writing it once.
+
+    Args:
+        total_MN: written to.
+        left_MR, right_RN: of its dtype.
+        scale: of the product.
+    """
+    kernels = triton_kernels(total_MN.is_cuda)
+    if kernels and left_MR.shape[1] <= MOST_RANKS:
+        kernels.add_product(total_MN, left_MR, right_RN, scale)
+    else:
+        total_MN.addmm_(left_MR, right_RN, alpha=scale)
+
+
 def products(
     x_MI: torch.Tensor, linears: Sequence[Any], low_ranks: Mapping[Any, LowRank]
 ) -> list[torch.Tensor]:
@@ -224,7 +253,7 @@ def quantize_rows(
         parts = [torch.cat(tuple(parts), 1)]
     if parts[0].is_cuda:
         parts = [x if x.stride(1) == 1 else x.contiguous() for x in parts]
-        return _kernels().quantize_rows(parts, factors_I, *code[:3])
+        return triton_kernels().quantize_rows(parts, factors_I, *code[:3])
     (x_MI,) = parts
     num_rows, num = x_MI.shape
     values = x_MI.float() if factors_I is None else x_MI.float() * factors_I
@@ -253,7 +282,7 @@ def weight_codes(weight: Quantized4 | Quantized8, is_turned: bool) -> torch.Tens
     shape = len(weight.scales_O), weight.codes.numel() * 2 // len(weight.scales_O)
     if weight.codes.is_cuda:
         out = weight.codes.new_empty(shape[::-1] if is_turned else shape, dtype=code.dtype)
-        _kernels().weight_codes(*parts, out, is_turned, GROUP)
+        triton_kernels().weight_codes(*parts, out, is_turned)
         return out
     pairs = torch.stack((weight.codes >> 4, weight.codes & 15), 1)
     factors = weight.absmax.view(shape[0], -1) * (1.0 / weight.scales_O)[:, None]
@@ -287,7 +316,7 @@ def multiply(
     """
     (codes_MK, scales_MB), (codes_NK, scales_N) = x, y
     if codes_MK.is_cuda and codes_MK.dtype == torch.int8:
-        return _kernels().int8_matmul(x, y, bias_N, low_rank)
+        return triton_kernels().int8_matmul(x, y, bias_N, low_rank)
     if codes_MK.is_cuda:
         rest: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": is_fast}
         out_MN = torch._scaled_mm(codes_MK, codes_NK.t(), scales_MB, scales_N[None], **rest)
@@ -299,11 +328,5 @@ def multiply(
     if bias_N is not None:
         out_MN.add_(bias_N)
     if low_rank is not None:
-        out_MN.addmm_(low_rank[0], low_rank[1].t(), alpha=low_rank[2])
+        add_product(out_MN, low_rank[0], low_rank[1].t(), low_rank[2])
     return out_MN
-
-
-def _kernels() -> Any:
-    from fsdp_qlora.model import triton_kernels
-
-    return triton_kernels

@@ -19,15 +19,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from importlib import import_module
-from types import ModuleType
 
 import torch
 
 from fsdp_qlora.arch import ModelInfo
 from fsdp_qlora.arch.files import GROUP, MXFP4, NESTED
 from fsdp_qlora.errors import ENVIRONMENT, INTEGRITY, UserError, one_line_of
-from fsdp_qlora.model.matmul import CODES, Quantized4, Quantized8, quantize_rows, row_scales
+from fsdp_qlora.model import matmul
 from fsdp_qlora.planning.sizes import ALIGN_BYTES, PER_WORD, STORAGES, Storage, whole_layer_bytes
 
 
@@ -43,7 +41,7 @@ def _dequantize_hqq(quantized, constants, shape, dtype, out=None, *, storage) ->
     rows = math.prod(shape) // cols
     words = quantized.view(torch.int32 if bits == 3 else torch.uint8).view(-1, cols)
     math_dtype = torch.promote_types(dtype, zero.dtype)
-    if kernels := triton_kernels(quantized.is_cuda):
+    if kernels := matmul.triton_kernels(quantized.is_cuda):
         out = torch.empty(rows, cols, dtype=dtype, device=quantized.device)
         kernels.dequantize_hqq(words, zero, scale, out, bits, storage.axis, math_dtype)
         return out.view(*shape)
@@ -57,15 +55,6 @@ def _values(words: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     for slot, part in enumerate(values):
         part.copy_((words >> bits * (num_slots - 1 - slot)).bitwise_and_((1 << bits) - 1))
     return values.flatten(0, 1)
-
-
-@lru_cache
-def triton_kernels(is_cuda: bool = True) -> ModuleType | None:
-    """The module triton_kernels.py; None on a CPU, and where torch came without Triton."""
-    try:
-        return import_module("fsdp_qlora.model.triton_kernels") if is_cuda else None
-    except ImportError:
-        return None
 
 
 Fields = dict[str, torch.Tensor]
@@ -169,7 +158,7 @@ def _nested_absmax(fields: Fields) -> Sequence[torch.Tensor]:
     """
     quantized, nested, offset = (fields[name] for name in ("qabsmax", "nested_absmax", "offset"))
     code, dtype = dynamic_map(nested.device), torch.float32
-    if kernels := triton_kernels(nested.is_cuda):
+    if kernels := matmul.triton_kernels(nested.is_cuda):
         return (kernels.expand(quantized, nested, offset, code, NESTED),)
     absmax = torch.ops.bitsandbytes.dequantize_blockwise(quantized, nested, code, NESTED, dtype)
     absmax.view(-1, NESTED).add_(offset.unsqueeze(1))
@@ -191,7 +180,7 @@ def values_of(quant_type: str, device: torch.device) -> torch.Tensor:
 
 
 def _dequantize_bnb(quantized, constants, shape, dtype, out=None, *, quant_type) -> torch.Tensor:
-    if kernels := triton_kernels(quantized.is_cuda):
+    if kernels := matmul.triton_kernels(quantized.is_cuda):
         table = values_of(quant_type, quantized.device)
         out = torch.empty(*shape, dtype=dtype, device=quantized.device) if out is None else out
         return kernels.dequantize_bnb(quantized, constants[0], table, out, GROUP)
@@ -240,7 +229,7 @@ def _dequantize_mxfp4(quantized, constants, shape, dtype, out=None) -> torch.Ten
     Source: Open Compute Project, Microscaling Formats, v1.0, section 5.3.
     """
     table, group = mxfp4_values(quantized.device), STORAGES[MXFP4].group_size
-    if kernels := triton_kernels(quantized.is_cuda):
+    if kernels := matmul.triton_kernels(quantized.is_cuda):
         out = torch.empty(*shape, dtype=dtype, device=quantized.device) if out is None else out
         return kernels.dequantize_bnb(quantized, constants[0], table, out, group)
     exponents = constants[0].int()  # as the bits of a float32; 0 is the one below the normal ones
@@ -491,16 +480,16 @@ class LayerCache:
         sums_in_fp16: whether large matmuls do.
     """
 
-    def __init__(self, matmul: str = "bf16") -> None:
-        self.most_bytes, self.code = whole_layer_bytes(), CODES.get(matmul)
-        self.sums_in_fp16 = matmul == "fp16"
+    def __init__(self, way: str = "bf16") -> None:
+        self.most_bytes, self.code = whole_layer_bytes(), matmul.CODES.get(way)
+        self.sums_in_fp16 = way == "fp16"
         self.clear()
 
     def clear(self) -> None:
         """Forget the layer."""
         self.key: tuple = ()
         self.constants: dict[str, Sequence[torch.Tensor]] = {}
-        self.joint: dict[tuple[int, ...], Quantized4] = {}
+        self.joint: dict[tuple[int, ...], matmul.Quantized4] = {}
         self.weights: list[torch.Tensor] | None = None
 
 
@@ -558,7 +547,7 @@ class LayerStore:
         can_join = is_hqq or (is_joint and self.formats[names[0]].index_field in ABSMAX)
         return self.cache.code is not None and can_join and fits
 
-    def quantized(self, indices: tuple[int, ...]) -> Quantized4 | Quantized8:
+    def quantized(self, indices: tuple[int, ...]) -> matmul.Quantized4 | matmul.Quantized8:
         """The 4-bit weights of linears that read one input.
 
         Args:
@@ -569,8 +558,8 @@ class LayerStore:
         if layout.formats[indices[0]].startswith("hqq"):
             weights = [self.weight(index, torch.bfloat16) for index in indices]
             weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
-            codes_OI, scales_O1 = quantize_rows([weight_OI], code._replace(block=0))
-            return Quantized8(codes_OI, scales_O1[:, 0], code)
+            codes_OI, scales_O1 = matmul.quantize_rows([weight_OI], code._replace(block=0))
+            return matmul.Quantized8(codes_OI, scales_O1[:, 0], code)
         if cache.key != key:
             self._begin(key)
         if indices not in cache.joint:
@@ -580,8 +569,10 @@ class LayerStore:
             absmax = self._constants(first, last)[0][: codes.numel() * 2 // GROUP]
             table = values_of(layout.formats[first][:3], codes.device)
             if indices not in self.scales:
-                self.scales[indices] = row_scales(absmax, num_out, code)
-            cache.joint[indices] = Quantized4(codes, absmax, table, self.scales[indices], code)
+                self.scales[indices] = matmul.row_scales(absmax, num_out, code)
+            cache.joint[indices] = matmul.Quantized4(
+                codes, absmax, table, self.scales[indices], code
+            )
         return cache.joint[indices]
 
     def stacked(self, parts: Sequence[tuple[int, ...]], dtype: torch.dtype) -> torch.Tensor:

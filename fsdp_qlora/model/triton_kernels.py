@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fsdp_qlora.arch.files import GROUP
+
 BYTES_PER_PROGRAM = 2048
 CONSTANTS_PER_PROGRAM = 1024
 NUM_WARPS = 4
@@ -337,7 +339,7 @@ def grouped_outer(
     _grouped_outer[grid](low, x, out, starts, source, n, **meta)
 
 
-TURNED_ROWS, BLOCKS = 256, 16
+TURNED_ROWS, GROUP_BYTES = 256, tl.constexpr(GROUP // 2)
 # Rows and columns of a tile, warps, stages: on Hopper, and where 99 KiB of shared memory are all.
 INT8_TILES = {True: (128, 128, 8, 4), False: (128, 128, 8, 3)}
 FLOOR, BLOCK = tl.constexpr(1e-30), tl.constexpr(128)
@@ -353,15 +355,13 @@ def _cast(values, dtype: tl.constexpr):
 
 
 @triton.jit
-def _weight_rows(
-    codes, absmax, table, scales, out, num_bytes, group_bytes: tl.constexpr, tile: tl.constexpr
-):
+def _weight_rows(codes, absmax, table, scales, out, num_bytes, tile: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     byte = tl.program_id(1) * tile + tl.arange(0, tile)
     is_in = byte < num_bytes
     pair = tl.load(codes + row * num_bytes + byte, mask=is_in, other=0).to(tl.int32)
-    at = absmax + row * (num_bytes // group_bytes)
-    factor = tl.load(at + byte // group_bytes, mask=is_in, other=0)
+    at = absmax + row * (num_bytes // GROUP_BYTES)
+    factor = tl.load(at + byte // GROUP_BYTES, mask=is_in, other=0)
     factor = factor * tl.math.div_rn(1.0, tl.load(scales + row))
     even = tl.load(table + (pair >> 4)) * factor
     odd = tl.load(table + (pair & 15)) * factor
@@ -371,31 +371,21 @@ def _weight_rows(
 
 
 @triton.jit
-def _weight_turned(
-    codes,
-    absmax,
-    table,
-    scales,
-    out,
-    num_out,
-    num_bytes,
-    group_bytes: tl.constexpr,
-    tile: tl.constexpr,
-):
+def _weight_turned(codes, absmax, table, scales, out, num_out, num_bytes, tile: tl.constexpr):
     """One group of columns of `tile` rows: its bytes are turned before they become values."""
     group = tl.program_id(1)
     row = tl.program_id(0) * tile + tl.arange(0, tile)
-    byte = tl.arange(0, group_bytes)
+    byte = tl.arange(0, GROUP_BYTES)
     is_row = row < num_out
-    start = codes + group * group_bytes + tl.program_id(0).to(tl.int64) * tile * num_bytes
+    start = codes + group * GROUP_BYTES + tl.program_id(0).to(tl.int64) * tile * num_bytes
     places = tl.arange(0, tile)[:, None] * num_bytes + byte[None, :]
     pair = tl.trans(tl.load(start + places, mask=is_row[:, None], other=0)).to(tl.int32)
-    at = row.to(tl.int64) * (num_bytes // group_bytes) + group
+    at = row.to(tl.int64) * (num_bytes // GROUP_BYTES) + group
     factor = tl.load(absmax + at, mask=is_row, other=0)
     factor = factor * tl.math.div_rn(1.0, tl.load(scales + row, mask=is_row, other=1.0))
     even = _cast(tl.load(table + (pair >> 4)) * factor[None, :], out.dtype.element_ty)
     odd = _cast(tl.load(table + (pair & 15)) * factor[None, :], out.dtype.element_ty)
-    first = out + group.to(tl.int64) * (2 * group_bytes) * num_out
+    first = out + group.to(tl.int64) * (2 * GROUP_BYTES) * num_out
     places = byte[:, None] * (2 * num_out) + row[None, :]
     tl.store(first + places, even, mask=is_row[None, :])
     tl.store(first + num_out + places, odd, mask=is_row[None, :])
@@ -408,7 +398,6 @@ def weight_codes(
     scales_O: Tensor,
     out: Tensor,
     is_turned: bool,
-    group: int,
 ) -> None:
     """Fill `out` with table[4 bits] * (absmax / scale of the row).
 
@@ -416,81 +405,61 @@ def weight_codes(
         codes, absmax, table, scales_O: see matmul.Quantized4.
         out: [O, I], or [I, O] if turned, written to.
         is_turned: see out.
-        group: weights that share a constant.
     """
     num_out, num_bytes = scales_O.numel(), codes.numel() // scales_O.numel()
-    tensors, meta = (codes, absmax, table, scales_O, out), {"group_bytes": group // 2}
-    meta["enable_fp_fusion"] = False
+    tensors = codes, absmax, table, scales_O, out
+    meta = {"enable_fp_fusion": False, "num_warps": NUM_WARPS}
     if is_turned:
-        grid = (-(-num_out // TURNED_ROWS), 2 * num_bytes // group)
-        _weight_turned[grid](
-            *tensors, num_out, num_bytes, tile=TURNED_ROWS, num_warps=NUM_WARPS, **meta
-        )
+        grid = (-(-num_out // TURNED_ROWS), num_bytes // GROUP_BYTES.value)
+        _weight_turned[grid](*tensors, num_out, num_bytes, tile=TURNED_ROWS, **meta)
         return
     grid = (num_out, -(-num_bytes // BYTES_PER_PROGRAM))
-    _weight_rows[grid](*tensors, num_bytes, tile=BYTES_PER_PROGRAM, num_warps=NUM_WARPS, **meta)
-
-
-@triton.jit
-def _load_part(x, factors, row, at, num, stride, block: tl.constexpr):
-    """A part of a row times its factors; its largest; 0, not finite where one of them is not."""
-    col = at[:, None] * block + tl.arange(0, block)[None, :]
-    values = tl.load(x + row * stride + col, mask=col < num, other=0).to(tl.float32)
-    rest = tl.sum(values - values, 1)
-    if factors is not None:
-        values = values * tl.load(factors + col, mask=col < num, other=0)
-    return values, tl.max(tl.abs(values), 1), rest
-
-
-@triton.jit
-def _store_part(codes, values, inverse, at, num, largest: tl.constexpr, block: tl.constexpr):
-    col = at[:, None] * block + tl.arange(0, block)[None, :]
-    quotient = tl.minimum(tl.maximum(values * inverse, -largest), largest)
-    tl.store(codes + col, _cast(quotient, codes.dtype.element_ty), mask=col < num)
+    _weight_rows[grid](*tensors, num_bytes, tile=BYTES_PER_PROGRAM, **meta)
 
 
 @triton.jit
 def _quantize_rows(
-    x,
-    y,
-    z,
+    parts,
+    strides,
+    nums,
     factors,
     codes,
     scales,
-    num,
-    y_num,
-    z_num,
-    stride,
-    y_stride,
-    z_stride,
-    width: tl.constexpr,
-    y_width: tl.constexpr,
-    z_width: tl.constexpr,
+    width,
+    block,
     largest: tl.constexpr,
-    blocks: tl.constexpr,
+    tile: tl.constexpr,
 ):
-    """One part of a row in blocks, or up to three side by side whose scale is the same."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * blocks + tl.arange(0, blocks)
-    values, most, rest = _load_part(x, factors, row, at, num, stride, width)
-    if y is not None:
-        factors += num
-        y_values, y_most, y_rest = _load_part(y, factors, row, at, y_num, y_stride, y_width)
-        most, rest = tl.maximum(most, y_most), rest + y_rest
-    if z is not None:
-        factors += y_num
-        z_values, z_most, z_rest = _load_part(z, factors, row, at, z_num, z_stride, z_width)
-        most, rest = tl.maximum(most, z_most), rest + z_rest
-    most = tl.maximum(most, FLOOR) + rest
-    inverse = tl.math.div_rn(largest, most)[:, None]
-    out = codes + row * (num + y_num + z_num)
-    _store_part(out, values, inverse, at, num, largest, width)
-    if y is not None:
-        _store_part(out + num, y_values, inverse, at, y_num, largest, y_width)
-    if z is not None:
-        _store_part(out + num + y_num, z_values, inverse, at, z_num, largest, z_width)
-    place = scales + at * tl.num_programs(0) + row
-    tl.store(place, tl.math.div_rn(most, largest), mask=at * width < num)
+    """A block of a row, of parts side by side that have one scale.
+
+    It is read twice, the second time from the cache: wide rows do not fit into registers.
+    """
+    row, first, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * block, 0
+    most_T, rest_T = tl.zeros((tile,), tl.float32), tl.zeros((tile,), tl.float32)
+    for i in tl.static_range(len(parts)):
+        for start in range(first, tl.minimum(nums[i], first + block), tile):
+            col = start + tl.arange(0, tile)
+            at = parts[i] + row * strides[i] + col
+            values = tl.load(at, mask=col < nums[i], other=0).to(tl.float32)
+            rest_T += values - values  # 0, not finite where one of them is not
+            if factors is not None:
+                values *= tl.load(factors + begin + col, mask=col < nums[i], other=0)
+            most_T = tl.maximum(most_T, tl.abs(values))
+        begin += nums[i]
+    most = tl.maximum(tl.max(most_T, 0), FLOOR) + tl.sum(rest_T, 0)
+    tl.store(scales + tl.program_id(1) * tl.num_programs(0) + row, tl.math.div_rn(most, largest))
+    inverse, begin = tl.math.div_rn(largest, most), 0
+    for i in tl.static_range(len(parts)):
+        for start in range(first, tl.minimum(nums[i], first + block), tile):
+            col = start + tl.arange(0, tile)
+            at = parts[i] + row * strides[i] + col
+            values = tl.load(at, mask=col < nums[i], other=0).to(tl.float32)
+            if factors is not None:
+                values *= tl.load(factors + begin + col, mask=col < nums[i], other=0)
+            values = tl.minimum(tl.maximum(values * inverse, -largest), largest)
+            code = _cast(values, codes.dtype.element_ty)
+            tl.store(codes + row * width + begin + col, code, mask=col < nums[i])
+        begin += nums[i]
 
 
 def quantize_rows(
@@ -499,22 +468,53 @@ def quantize_rows(
     """See matmul.quantize_rows; scales of a block lie together.
 
     Args:
-        parts: rows contiguous; one, or up to three without blocks and with factors.
+        parts: rows contiguous; one in blocks.
         factors_I: float32, or None.
         dtype, largest, block: see matmul.Code.
     """
-    rest = 3 - len(parts)
-    nums = [part.shape[1] for part in parts] + [0] * rest
-    strides = [part.stride(0) for part in parts] + [0] * rest
-    widths, blocks = ([block] * 3, BLOCKS) if block else ([_power_of_2(n) for n in nums], 1)
-    codes = torch.empty(len(parts[0]), sum(nums), dtype=dtype, device=parts[0].device)
-    scales = codes.new_empty(-(-nums[0] // widths[0]), len(codes), dtype=torch.float32).t()
-    num_warps = min(16, max(4, _power_of_2(sum(widths[: len(parts)]) * blocks // 1024)))
-    meta = {"largest": largest, "blocks": blocks, "num_warps": num_warps, "enable_fp_fusion": False}
-    grid = len(codes), -(-nums[0] // (widths[0] * blocks))
-    tensors = *parts, *[None] * rest, factors_I, codes, scales
-    _quantize_rows[grid](*tensors, *nums, *strides, *widths, **meta)
+    nums, strides = zip(*[(part.shape[1], part.stride(0)) for part in parts], strict=True)
+    num_rows, num_blocks = len(parts[0]), -(-nums[0] // block) if block else 1
+    codes = torch.empty(num_rows, sum(nums), dtype=dtype, device=parts[0].device)
+    scales = codes.new_empty(num_blocks, num_rows, dtype=torch.float32).t()
+    tile = block or (2048 if max(nums) <= 8192 else 4096)
+    tensors = tuple(parts), strides, nums, factors_I, codes, scales
+    meta = {"tile": tile, "num_warps": max(1, tile // 256), "enable_fp_fusion": False}
+    grid = (num_rows, num_blocks)
+    _quantize_rows[grid](*tensors, sum(nums), block or max(nums), largest, **meta)
     return codes, scales
+
+
+@triton.jit
+def _add_product(
+    out, left, right, alpha, m, n, strides, rank: tl.constexpr, rank_tile: tl.constexpr
+):
+    """A tile of 64 x 128."""
+    row, r = tl.program_id(0) * 64 + tl.arange(0, 64), tl.arange(0, rank_tile)
+    col = tl.program_id(1) * 128 + tl.arange(0, 128)
+    is_row, is_col, row = row[:, None] < m, col[None, :] < n, row.to(tl.int64)
+    left_at = left + row[:, None] * strides[1] + r[None, :] * strides[2]
+    right_at = right + r[:, None] * strides[3] + col[None, :] * strides[4]
+    left = tl.load(left_at, mask=is_row & (r < rank)[None, :], other=0.0)
+    right = tl.load(right_at, mask=is_col & (r < rank)[:, None], other=0.0)
+    at = out + row[:, None] * strides[0] + col[None, :]
+    total = tl.load(at, mask=is_row & is_col, other=0.0).to(tl.float32)
+    total += alpha * tl.dot(left, right, input_precision="ieee")
+    tl.store(at, total.to(out.dtype.element_ty), mask=is_row & is_col)
+
+
+def add_product(out: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """Add alpha * left @ right to `out`, nearly at the memory's speed: cuBLAS reaches half of it.
+
+    Args:
+        out: [M, N], rows contiguous.
+        left: [M, R].
+        right: [R, N].
+        alpha: see above.
+    """
+    (m, n), rank = out.shape, left.shape[1]
+    strides = out.stride(0), *left.stride(), *right.stride()
+    rest = alpha, m, n, strides, rank, max(16, _power_of_2(rank))
+    _add_product[-(-m // 64), -(-n // 128)](out, left, right, *rest)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from fsdp_qlora.arch import targets
 from fsdp_qlora.errors import UserError
 from fsdp_qlora.export import adapter as adapter_files
 from fsdp_qlora.export import model_files, serving
-from fsdp_qlora.model import adapters, experts, load, quantize
+from fsdp_qlora.model import adapters, experts, load, matmul
 from fsdp_qlora.planning import run as plans
 from fsdp_qlora.planning.sizes import count_trained
 from tests import tiny, tiny_models
@@ -66,7 +66,7 @@ def test_all_paths_are_own_arithmetic_in_groups_of_experts(monkeypatch, shapes, 
     made = by_hand(wanted, whole, routing, ends, bias, chosen.flatten()[routing.order])
     grad = torch.randn_like(made)
     made.backward(grad)
-    kernels = quantize.triton_kernels()
+    kernels = matmul.triton_kernels()
     call = experts.GroupedCall(matrices, routing, ends, 0.5)
     for path in [None, kernels] if kernels else [None]:
         given = [t.clone().requires_grad_() for t in (x, *pair)]

@@ -126,13 +126,13 @@ def test_the_kernels_compute_what_plain_pytorch_does(way):
     for is_turned in (False, True):
         shape = (NUM_IN, 336) if is_turned else (336, NUM_IN)
         out = torch.empty(shape, device=tiny.DEVICE, dtype=dtype)
-        triton_kernels.weight_codes(*weight[:4], out, is_turned, 64)
+        triton_kernels.weight_codes(*weight[:4], out, is_turned)
         out = (out.t() if is_turned else out).cpu().to(code.dtype)
         assert torch.equal(out.view(torch.uint8), rounded.view(torch.uint8))
-    x = torch.randn(9, NUM_IN).bfloat16()
+    x = torch.randn(9, 5000).bfloat16()  # more than one tile of the kernel's
     x[3] = 0
-    factors = torch.rand(NUM_IN)
-    one, two = x.split((20, NUM_IN - 20), 1), x.split((20, 7, NUM_IN - 27), 1)
+    factors = torch.rand(5000)
+    one, two = x.split((20, 4980), 1), x.split((20, 7, 4973), 1)
     for parts, own in (([x], None), ([x], factors), (one, factors), (two, factors)):
         if code.block and len(parts) > 1:
             continue
@@ -142,6 +142,19 @@ def test_the_kernels_compute_what_plain_pytorch_does(way):
         rows = triton_kernels.quantize_rows(parts, own, dtype, *code[1:3])
         assert torch.equal(rows[0].cpu().to(code.dtype).view(torch.uint8), codes.view(torch.uint8))
         assert torch.equal(rows[1].cpu(), scales)
+
+
+def test_lora_is_added_as_by_plain_pytorch():
+    """Ragged tiles, a few columns of a wider matrix, a right side that is turned."""
+    tiny.require_triton()
+    from fsdp_qlora.model import triton_kernels
+
+    torch.manual_seed(0)
+    total, hidden, high = (torch.randn(*size) for size in ((70, 200), (70, 9), (200, 5)))
+    expected = total + 0.7 * hidden[:, 3:8] @ high.t()
+    out = total.to(tiny.DEVICE)
+    triton_kernels.add_product(out, hidden.to(tiny.DEVICE)[:, 3:8], high.to(tiny.DEVICE).t(), 0.7)
+    torch.testing.assert_close(out.cpu(), expected)
 
 
 @pytest.mark.parametrize("sizes", ((300, 80, 192), (130, 300, 320)))
