@@ -199,11 +199,12 @@ def _compared(
     known = [row for row in (*order, REST) if row in predicted or row in measured]
     pairs = {row: (predicted.get(row, 0.0), measured.get(row, 0.0)) for row in known}
     heads = "".join(f"{head:>{FIGURE}}" for head in ("predicted", "measured", "difference"))
-    large = {row: pair for row, pair in pairs.items() if max(pair) >= least_gib}
-    lines = [f"{title:<{NAME + 10}}{heads}", *(_line(row, *pair) for row, pair in large.items())]
-    if num_small := len(pairs) - len(large):
-        sums = [sum(pairs[row][i] for row in pairs if row not in large) for i in (0, 1)]
-        lines.append(_line(f"{num_small} rows below {least_gib}", *sums))
+    small = [row for row, pair in pairs.items() if max(pair) < least_gib]
+    large = [row for row in pairs if row not in small or len(small) == 1]
+    lines = [f"{title:<{NAME + 10}}{heads}", *(_line(row, *pairs[row]) for row in large)]
+    if len(small) > 1:
+        sums = [sum(pairs[row][i] for row in small) for i in (0, 1)]
+        lines.append(_line(f"{len(small)} rows below {least_gib}", *sums))
     return [*lines, _line("total", sum(predicted.values()), sum(measured.values()))]
 
 

@@ -429,3 +429,15 @@ def test_a_tokenizer_of_262144_tokens_is_counted_in_every_rank(tmp_path: Path):
     for phase in rows.PHASES:
         gib = [table.gib(phase, rows.PROCESSES) for table in tables]
         assert gib[1] - gib[0] == pytest.approx(2 * 262_144 * memory.TOKENIZER_BYTES / GIB)
+
+
+def test_what_was_measured_is_named_beside_the_plan_where_it_is_small_too():
+    """One small row by its name, several as their sum."""
+    host = {rows.LAYER: 3.0, rows.SCRATCH: 2.0}
+    for small in ({"a": 0.01}, {"a": 0.01, "b": 0.02}):
+        order = (*host, *small)
+        lines = rows._compared("title", host | small, host | small, order, 0.05)
+        names = [line.split("  ")[5] if line[0] == " " else line for line in lines]
+        sums = ["a"] if len(small) == 1 else ["2 rows below 0.05"]
+        assert names[1:] == [*host, *sums, "total"]
+        assert lines[-1].split()[1] == f"{sum((host | small).values()):.2f}"
