@@ -175,22 +175,22 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, linears, asides, is_done, *deltas_MO):
         ctx.set_materialize_grads(False)
-        ctx.linears, ctx.shape = linears, x.shape
-        ctx.is_8_bit = not asides and matmul.serves(linears, _flat(x))
+        ctx.linears, ctx.shape, x_MI = linears, x.shape, _flat(x)
+        ctx.is_8_bit = not asides and matmul.serves(linears, x_MI)
         if ctx.is_8_bit and not is_done:
             low_ranks = linears[0].group.low_ranks()
-            outs = matmul.products(_flat(x), linears, low_ranks)
+            outs = matmul.products(x_MI, linears, low_ranks)
             for out, delta in zip(outs, deltas_MO, strict=True):
                 if delta is not None and not low_ranks:
                     out.add_(delta)
             return tuple(outs)
         ctx.mark_dirty(*[delta for delta in deltas_MO if delta is not None])
-        ctx.dtype = x.dtype if asides else matmul.dtype_of(linears[0], _flat(x))
+        ctx.dtype = x.dtype if asides else matmul.dtype_of(linears[0], x_MI)
         if is_done:
             return deltas_MO
         a_RIs = asides or [None] * len(linears)
         pairs = [
-            _matmul(_flat(x), linear, delta, a_RI, ctx.dtype)
+            _matmul(x_MI, linear, delta, a_RI, ctx.dtype)
             for linear, delta, a_RI in zip(linears, deltas_MO, a_RIs, strict=True)
         ]
         sides = [side for _, side in pairs[: len(asides)]]
@@ -220,7 +220,7 @@ def _matmul(x_MI, linear, delta_MO, a_RI, dtype) -> tuple[torch.Tensor, torch.Te
 
 def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * left @ right in one kernel (with beta 0 the first tensor is never read)."""
-    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale)
+    return left @ right if scale == 1 else left.new_empty(1).addmm(left, right, beta=0, alpha=scale)
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
